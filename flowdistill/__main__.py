@@ -1,0 +1,5 @@
+"""`python -m flowdistill` is the console script."""
+
+from flowdistill.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""The edge between the program and the shell: signals come in, one message and an exit code go out.
+
+An error that the user can act on is its message, without a traceback. The first SIGINT or SIGTERM lets work
+that saves its state do so; the second ends the process at once, which is safe at any moment, since files are
+written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from flowdistill.errors import FlowdistillError, RecipeError
+
+if TYPE_CHECKING:
+    from flowdistill.stages import Stop
+
+OUT_OF_RESOURCES = 5
+BROKEN_PIPE = 141
+"""128 + SIGPIPE, as shells report it."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Session:
+    """One command: how it was called, and what the shell has asked of it since."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = list(arguments)
+        self.verbose = False
+        self.signum = 0
+        self.stop: Stop | None = None
+        """Set by work that saves its state when asked to stop."""
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Ask the work to stop, or stop at once where there is nothing to save or it was asked before."""
+        if self.signum:
+            _show_cursor()
+            os._exit(128 + signum)
+        self.signum = signum
+        if self.stop is None:
+            raise KeyboardInterrupt
+        self.stop.signum = signum
+        # Not sys.stderr: a signal may arrive in the middle of a write to it.
+        name = signal.Signals(signum).name
+        os.write(2, f"\n{name}: saving the state; once more ends at once\n".encode())
+
+    def farewell(self) -> str:
+        """What to print after an interruption."""
+        text = f"interrupted by {signal.Signals(self.signum).name}"
+        if self.stop is None:
+            return text
+        # With --fresh the same command would begin anew.
+        again = [argument for argument in self.arguments if argument != "--fresh"]
+        return f"{text}, the state is saved\ncontinue: {shlex.join(['flowdistill', *again])}"
+
+
+@contextmanager
+def signals(session: Session) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM to the session."""
+    before = {number: signal.signal(number, session.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def guard(action: Callable[[], int], session: Session) -> int:
+    """Exit code of `action`, whatever it raises, which is told on stderr."""
+    try:
+        code = action()
+        sys.stdout.flush()
+        return _interrupted(session) if session.signum and session.stop is None else code
+    except BrokenPipeError:
+        # The reader of our output has left, as in `| head`. Nothing more may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except BaseException as error:
+        if session.signum:
+            return _interrupted(session)
+        message, code = describe(error)
+        if session.verbose:
+            traceback.print_exception(error)
+        tell(message)
+        return code
+
+
+def _interrupted(session: Session) -> int:
+    tell(session.farewell())
+    return 128 + session.signum
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """Message and exit code of an error.
+
+    Mistakes in a recipe stand as `file:line:column: ...`, as compilers and editors have it; all other
+    messages begin with `error: `.
+    """
+    if isinstance(error, RecipeError):
+        return error.message, error.exit_code
+    if isinstance(error, FlowdistillError):
+        return f"error: {error.message}", error.exit_code
+    if memory := _out_of_memory(error):
+        return f"error: {memory}", OUT_OF_RESOURCES
+    if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_ACCESS):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"error: {place}{error.strerror}; nothing is half-written, run the command again", OUT_OF_RESOURCES
+    kind, text = type(error).__name__, str(error).partition("\n")[0]
+    return (
+        f"error: a bug in flowdistill, {kind}: {text}\n"
+        "please report it with the traceback that -v shows; what was finished before is intact",
+        1,
+    )
+
+
+def _out_of_memory(error: BaseException) -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "the device's memory is full; lower batch_size, or choose another --device"
+    # The CPU's allocator has no exception of its own.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "the memory is full; lower batch_size, or end other programs"
+    return ""
+
+
+def tell(message: str) -> None:
+    """Print a message on stderr."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
+def _show_cursor() -> None:
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h\n")  # the progress bar hides it

@@ -1,0 +1,185 @@
+"""One way to write: a file on disk is whole or absent, whatever happens to the writer.
+
+A file is written beside its place, synced and renamed, and the folder is synced, so a reader never
+meets half a file and what was acknowledged survives a power cut. Failures of the system become
+errors that say what to do. Callers reach this through `flowdistill.artifact`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from flowdistill.errors import FlowdistillError, ResourceError, UsageError
+
+
+def atomic_write(path: Path, data: bytes) -> str:
+    """Put `data` at `path`, whole and durable, or leave what was there; returns its SHA-256.
+
+    Raises:
+        ResourceError: the disk is full (with bytes needed and free) or fails.
+        UsageError: the folder does not exist or cannot be written.
+    """
+    return write_chunks(path, (data,), len(data))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], size_bytes: int) -> str:
+    """`atomic_write` of `size_bytes` that come in pieces."""
+    # The temporary's name is independent of the final one, which may be as long as names can be.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    with _writing(path, size_bytes):
+        try:
+            sha = _fill(temporary, chunks)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+    return sha
+
+
+def append(path: Path, data: bytes, at: int) -> int:
+    """Make `data` the end of the file from byte `at` on, durably; returns the new length.
+
+    Whatever lay behind `at`, such as the rest of an append that failed, is cut off first.
+    """
+    create = os.O_CREAT if at == 0 else 0
+    with _writing(path, len(data)):
+        file = os.open(path, os.O_WRONLY | create | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(file, at)
+            os.lseek(file, at, os.SEEK_SET)
+            _write_all(file, data)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        if create:  # then the name has to be made durable too
+            _sync_folder(path.parent)
+    return at + len(data)
+
+
+def create_folder(path: Path) -> None:
+    """Make a folder and its parents where they are missing, durably."""
+    with _writing(path):
+        if path.is_dir():
+            return
+        if path.parent != path:
+            create_folder(path.parent)
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        if not path.is_dir():
+            raise UsageError(f"{path}: is a file, expected a folder")
+        _sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the unfinished files of dead writers.
+
+    Call it while holding `lock(folder)`: only then is every unfinished file known to be abandoned.
+    """
+    with _writing(folder):
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder against other writers; readers need no lock.
+
+    The kernel releases the lock when the process ends in whatever way, so there are no stale ones;
+    the file `.lock` stays behind and only names the last holder.
+
+    Raises:
+        UsageError: another writer holds the folder, named by process and host.
+    """
+    path = folder / ".lock"
+    with _writing(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _acquire(file, path)
+        yield
+    finally:
+        os.close(file)
+
+
+def _acquire(file: int, path: Path) -> None:
+    with _writing(path):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 1024, 0).decode(errors="replace").strip() or "another process"
+            raise UsageError(
+                f"{path.parent}: in use by {holder}\nwait for it to end, or write to another folder"
+            ) from None
+    with suppress(OSError):  # only the text of a later message
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def _fill(temporary: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    seen = hashlib.sha256()
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for chunk in chunks:
+            seen.update(chunk)
+            _write_all(file, chunk)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return seen.hexdigest()
+
+
+def _write_all(file: int, data: bytes | memoryview) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _writing(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(error, path, needed_bytes) from error
+
+
+def _write_error(error: OSError, path: Path, needed_bytes: int) -> FlowdistillError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"{path}: disk full ({error.strerror}), "
+            f"{needed_bytes} bytes needed, {_free_bytes(path)} free\n"
+            "what was there is intact: make room and run the same command again"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UsageError(f"{path.parent}: folder is not writable ({error.strerror})")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return UsageError(f"{path.parent}: no such folder")
+    if error.errno in (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return UsageError(f"{path}: no file of this name can be written ({error.strerror})")
+    return ResourceError(f"{path}: writing failed ({error.strerror})")
+
+
+def _free_bytes(path: Path) -> str:
+    with suppress(OSError):
+        return str(shutil.disk_usage(path.parent).free)
+    return "an unknown number"

@@ -1,0 +1,232 @@
+"""What is measured, and how sure it is: every figure is a value with its 95 % interval.
+
+Pure mathematics on tensors; features and samples are made elsewhere. Arithmetic is float64, since
+the Fréchet distance is a small difference of large traces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdistill import randomness
+
+_Z = 1.959963984540054
+"""Standard deviations either side that hold 95 % of a normal distribution."""
+_RESAMPLES = 4000
+_NORMAL_FROM = 2000
+"""From this many values on, the mean counts as normal and is not bootstrapped."""
+_DRAWN_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure from `n` samples, its 95 % interval [low, high] and how that was found."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+# --- Fréchet distance -----------------------------------------------------------------------------
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and covariance [D, D] (divisor n - 1) of features [n, D], float64."""
+    features = features.double()
+    mean = features.mean(0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Moments to which others are compared; the factor of the covariance is computed once.
+
+    The Fréchet distance between Gaussians (Dowson and Landau 1982; the formula of FID, arXiv
+    1706.08500), |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), needs the eigenvalues of S1 S2.
+    Those of the symmetric S1^(1/2) S2 S1^(1/2) are the same, and cost much less than a matrix
+    square root.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @cached_property
+    def root(self) -> Tensor:
+        """S^(1/2) [D, D]."""
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+
+    def distance(self, mean: Tensor, covariance: Tensor) -> float:
+        """Fréchet distance to the Gaussian with this mean [D] and covariance [D, D]."""
+        values = torch.linalg.eigvalsh(self._between(covariance))
+        return self._distance(mean, covariance, values)
+
+    def estimate(self, features: Tensor) -> Estimate:
+        """Fréchet distance of features [n, D] from the reference.
+
+        The interval is one for the expectation at this n, which exceeds the limit for infinite n
+        by about b / n: compare figures of the same n only, and with that of real samples. (A
+        bootstrap would add the bias a second time.) The variance is that of the influence function,
+        the limit of a jackknife's (Efron 1982): with T = S1^(1/2) (S1^(1/2) S2 S1^(1/2))^(-1/2)
+        S1^(1/2), which transports the samples to the reference,
+
+            2 (m2 - m1)'(x - m2) + (x - m2)'(I - T)(x - m2) - const
+
+        The interval is laid around the root of the distance, whose distribution is less skewed. It
+        is too wide, never too narrow, where the distance is hardly more than its bias.
+        """
+        mean, covariance = moments(features)
+        values, vectors = torch.linalg.eigh(self._between(covariance))
+        floor = values[-1] * len(values) * torch.finfo(values.dtype).eps
+        inverse = torch.where(values > floor, values, torch.inf).rsqrt()
+        transport = self.root @ (vectors * inverse) @ vectors.T @ self.root
+        centred = features.double() - mean
+        linear = 2 * centred @ (mean - self.mean)
+        quadratic = (centred**2).sum(1) - ((centred @ transport) * centred).sum(1)
+        n = len(features)
+        error = float((linear + quadratic).std()) / math.sqrt(n)
+        value = self._distance(mean, covariance, values)
+        low, high = _around_a_square(value, _Z * error)
+        return Estimate(value, low, high, n, "influence function")
+
+    def _between(self, covariance: Tensor) -> Tensor:
+        """S1^(1/2) S2 S1^(1/2) [D, D]."""
+        product = self.root @ covariance.double() @ self.root
+        return (product + product.T) / 2
+
+    def _distance(self, mean: Tensor, covariance: Tensor, values: Tensor) -> float:
+        """The distance, given the eigenvalues [D] of S1 S2."""
+        shift = ((mean.double() - self.mean.double()) ** 2).sum()
+        traces = self.covariance.double().trace() + covariance.double().trace()
+        return max(0.0, float(shift + traces - 2 * values.clamp(min=0.0).sqrt().sum()))
+
+
+def frechet(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """Fréchet distance between Gaussians with means [D], covariances [D, D]; see `Reference`."""
+    return Reference(mean1, covariance1).distance(mean2, covariance2)
+
+
+def _around_a_square(value: float, reach: float) -> tuple[float, float]:
+    """The interval of half-width `reach` around a square, laid symmetrically around its root."""
+    if value == 0.0:
+        return 0.0, reach
+    root, half = math.sqrt(value), reach / (2 * math.sqrt(value))
+    return max(0.0, root - half) ** 2, (root + half) ** 2
+
+
+# --- means, shares, ratios ------------------------------------------------------------------------
+
+
+def mean_interval(values: Tensor, seed: int = 0) -> Estimate:
+    """Mean of values [n], n >= 2; the interval is BCa's (Efron 1987) below n = 2,000, else normal."""
+    values = values.double().cpu()
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        raise ValueError("one value has no interval")
+    if float(values.amax() - values.amin()) == 0.0:
+        return Estimate(mean, mean, mean, n, "all equal")
+    if n >= _NORMAL_FROM:
+        reach = _Z * float(values.std()) / math.sqrt(n)
+        return Estimate(mean, mean - reach, mean + reach, n, "normal")
+    low, high = _bca(values, seed)
+    return Estimate(mean, low, high, n, "bootstrap (BCa)")
+
+
+def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> Estimate:
+    """Mean of a - b for values [n] of the same n samples; below 0 where a's are smaller."""
+    if a.shape != b.shape:
+        raise ValueError(f"values of {len(a)} and {len(b)} samples cannot be paired")
+    return mean_interval(a.double() - b.double(), seed)
+
+
+def ratio_interval(numerator: Tensor, denominator: Tensor, seed: int = 0) -> Estimate:
+    """E[numerator] / E[denominator] from paired values [n], by linearisation around the ratio."""
+    numerator, denominator = numerator.double(), denominator.double()
+    scale = denominator.mean()
+    ratio = numerator.mean() / scale
+    return mean_interval(ratio + (numerator - ratio * denominator) / scale, seed)
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> Estimate:
+    """Share of equal entries of two [n] int64, with Wilson's interval: 100 % has a width too."""
+    n = len(labels)
+    share = float((predicted == labels).double().mean())
+    denominator = 1 + _Z**2 / n
+    centre = (share + _Z**2 / (2 * n)) / denominator
+    reach = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / denominator
+    return Estimate(share, max(0.0, centre - reach), min(1.0, centre + reach), n, "Wilson")
+
+
+def _bca(values: Tensor, seed: int) -> tuple[float, float]:
+    """Bias-corrected and accelerated bootstrap interval of the mean of values [n]."""
+    means = _resampled_means(values, seed)
+    centred = values - values.mean()
+    acceleration = float((centred**3).sum() / (6 * (centred**2).sum() ** 1.5))
+    below = float((means < values.mean()).double().mean())
+    # A share of 0 or 1 would be infinitely far out.
+    bias = _ndtri(min(max(below, 1 / _RESAMPLES), 1 - 1 / _RESAMPLES))
+    ends = []
+    for z in (bias - _Z, bias + _Z):
+        level = float(torch.special.ndtr(torch.tensor(bias + z / (1 - acceleration * z)).double()))
+        ends.append(float(torch.quantile(means, level)))
+    return ends[0], ends[1]
+
+
+def _ndtri(share: float) -> float:
+    return float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))
+
+
+def _resampled_means(values: Tensor, seed: int) -> Tensor:
+    """Means [_RESAMPLES] of resamples of values [n], in pieces that fit into memory."""
+    generator = randomness.generator(seed, "bootstrap")
+    rows = max(1, _DRAWN_AT_ONCE // len(values))
+    pieces = []
+    for start in range(0, _RESAMPLES, rows):
+        size = (min(rows, _RESAMPLES - start), len(values))
+        pieces.append(values[torch.randint(len(values), size, generator=generator)].mean(1))
+    return torch.cat(pieces)
+
+
+# --- per sample -----------------------------------------------------------------------------------
+
+
+def endpoint_error(x: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square over the dimensions of x - reference [B, *shape], per sample [B]."""
+    return (x.double() - reference.double()).flatten(1).square().mean(1).sqrt()
+
+
+def straightness(
+    times: Sequence[float], velocities: Sequence[Tensor], start: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """int ||(Z1 - Z0) - v||^2 dt along each path, summed over dimensions, and ||Z1 - Z0||^2.
+
+    `velocities[k]` [B, *shape] is held from times[k] to times[k + 1], as Euler does; `start`
+    [B, *shape] is at t = 1, `end` at t = 0. Both results are [B], float64. The mean of the first is
+    the straightness S of rectified flow (arXiv 2209.03003), 0 for straight paths. rf++'s code
+    divides it by the dimension, SlimFlow's takes the norm without its square. S / E||Z1 - Z0||^2
+    has no unit.
+    """
+    displacement = start.double() - end.double()
+    total = displacement.new_zeros(len(start))
+    for (t, s), velocity in zip(pairwise(times), velocities, strict=True):
+        total += (t - s) * _squared_norm(displacement - velocity.double())
+    return total, _squared_norm(displacement)
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    return x.flatten(1).square().sum(1)

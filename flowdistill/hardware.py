@@ -1,0 +1,50 @@
+"""The device that a run uses, and what its manifests say of it."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from flowdistill.errors import MissingInput, UsageError, unknown
+
+_PACKAGES = ("flowdistill", "torch", "accelerate", "safetensors", "numpy")
+
+
+def resolve(name: str) -> str:
+    """The device meant by `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    `auto` is the first GPU, else the CPU. Raises `UsageError` for other names and `MissingInput` where the
+    machine has no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise UsageError(f"--device: {unknown('device', name, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
+    present = {
+        "cpu": True,
+        "cuda": int(index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present[kind]:
+        raise MissingInput(f"--device {name}: this machine has none; `flowdistill doctor` lists what it has")
+    return name
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Versions and device, for manifests."""
+    import torch
+
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in _PACKAGES},
+        "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
+    }

@@ -1,0 +1,169 @@
+"""What training minimises: where in time it looks, and how it measures a velocity's error.
+
+Each class is a choice in a recipe (`timesteps: {name: u-shaped, a: 4}`), its fields are the keys,
+its method is the mathematics. v_hat, v and x_t are [B, *shape], t and losses [B]; d is the size of
+one sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import Field
+
+from flowdistill.errors import MissingInput
+from flowdistill.flow import x0_from_velocity
+from flowdistill.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Distance: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+"""Perceptual distance of images: (x_hat [B, *shape], x [B, *shape]) -> [B], gradients to x_hat."""
+
+Terms: TypeAlias = "dict[str, Tensor]"
+"""Parts of a loss by name, each [B], for the log; empty where the loss has one part."""
+
+MARGIN = 1e-5
+"""Training times stay this far from 0 and 1, as in rf++ (arXiv 2405.20320)."""
+
+
+class UShaped(Settings):
+    """p(t) ~ cosh(a (t - 1/2)): most often at both ends, where the loss of a reflow is largest.
+
+    Lee et al. 2024 (rf++, arXiv 2405.20320) print exp(a u) + exp(-a u), which has this shape only
+    if u is measured from the middle, as their code does. The inverse CDF is closed:
+    t = 1/2 + asinh((2 u - 1) sinh(a / 2)) / a.
+    """
+
+    name: Literal["u-shaped"] = "u-shaped"
+    a: float = Field(4.0, ge=0, le=100, description="steepness; 0 is uniform, 4 is the paper's")
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        """Times whose CDF is u, any shape."""
+        if self.a == 0:  # the limit of the formula, which is 0 / 0 there
+            return _inside(u)
+        return _inside(0.5 + ((2 * u - 1) * math.sinh(self.a / 2)).asinh() / self.a)
+
+
+class Uniform(Settings):
+    """All times alike, as in the first rectified flows (arXiv 2209.03003)."""
+
+    name: Literal["uniform"] = "uniform"
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        """Times whose CDF is u, any shape."""
+        return _inside(u)
+
+
+class LogitNormal(Settings):
+    """logit(t) ~ N(mean, std^2): mostly mid-way, for base flows (SD3, arXiv 2403.03206)."""
+
+    name: Literal["logit-normal"] = "logit-normal"
+    mean: float = Field(0.0, ge=-20, le=20, description="of logit(t); above 0 favours noise")
+    std: float = Field(1.0, gt=0, le=20, description="of logit(t)")
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        """Times whose CDF is u, any shape."""
+        import torch
+
+        return _inside((self.mean + self.std * torch.special.ndtri(u)).sigmoid())
+
+
+Timesteps: TypeAlias = Annotated[UShaped | Uniform | LogitNormal, Field(discriminator="name")]
+
+
+class SquaredL2(Settings):
+    """||v_hat - v||^2 / d, whose minimum is the conditional mean."""
+
+    name: Literal["squared-l2"] = "squared-l2"
+    needs_perceptual: ClassVar[bool] = False
+
+    def __call__(
+        self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
+    ) -> tuple[Tensor, Terms]:
+        """Loss [B] and its terms."""
+        return (v_hat - v).square().flatten(1).mean(1), {}
+
+
+class PseudoHuber(Settings):
+    """H = (sqrt(||v_hat - v||^2 + c^2) - c) / d: quadratic near 0, linear far away."""
+
+    name: Literal["pseudo-huber"] = "pseudo-huber"
+    c: float | None = Field(None, gt=0, description="where it turns linear; default 0.00054 d")
+    needs_perceptual: ClassVar[bool] = False
+
+    def __call__(
+        self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
+    ) -> tuple[Tensor, Terms]:
+        """Loss [B] and its terms."""
+        return pseudo_huber(v_hat, v, self.c), {}
+
+
+class Perceptual(Settings):
+    """P: perceptual distance of the image where v_hat points, x_t - t v_hat, from the true one."""
+
+    name: Literal["perceptual"] = "perceptual"
+    needs_perceptual: ClassVar[bool] = True
+
+    def __call__(
+        self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
+    ) -> tuple[Tensor, Terms]:
+        """Loss [B] and its terms; MissingInput without a distance."""
+        return _perceptual(v_hat, v, x_t, t, perceptual), {}
+
+
+class LpipsHuber(Settings):
+    """(1 - t) H + P (rf++'s config E, arXiv 2405.20320) or (1 - t) H + P / t (its config F)."""
+
+    name: Literal["lpips-huber"] = "lpips-huber"
+    divide_by_t: bool = Field(False, description="config F: weigh P by 1 / t")
+    needs_perceptual: ClassVar[bool] = True
+
+    def __call__(
+        self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
+    ) -> tuple[Tensor, Terms]:
+        """Loss [B] and its terms, unweighted; MissingInput without a distance."""
+        huber = pseudo_huber(v_hat, v)
+        distance = _perceptual(v_hat, v, x_t, t, perceptual)
+        weighed = distance / t if self.divide_by_t else distance
+        return (1 - t) * huber + weighed, {"huber": huber, "perceptual": distance}
+
+
+Loss: TypeAlias = Annotated[SquaredL2 | PseudoHuber | Perceptual | LpipsHuber, Field(discriminator="name")]
+
+
+def pseudo_huber(v_hat: Tensor, v: Tensor, c: float | None = None) -> Tensor:
+    """(sqrt(||v_hat - v||^2 + c^2) - c) / d, [B]; c is 0.00054 d by default.
+
+    That is rf++'s code. iCT (arXiv 2310.14189), where the constant comes from, has sqrt(d) for d.
+    """
+    squares = (v_hat - v).square().flatten(1)
+    d = squares.shape[1]
+    c = 0.00054 * d if c is None else c
+    norm2 = squares.sum(1)
+    return norm2 / ((norm2 + c * c).sqrt() + c) / d  # sqrt(..) - c, without its cancellation
+
+
+def wcfm_weight(x0: Tensor, eps: Tensor, kappa: float) -> Tensor:
+    """Weights [B] of mean 1 that favour short pairs: w ~ exp(-||x0 - eps|| / (kappa sqrt(d))).
+
+    W-CFM (arXiv 2507.22270). The flow that is learnt is straighter, but its data are tilted by the
+    weights; not for pairs of a reflow, whose coupling is fixed. As a softmax it is never 0 / 0.
+    """
+    squares = (x0 - eps).square().flatten(1)
+    scale = kappa * math.sqrt(squares.shape[1])
+    return len(squares) * (-squares.sum(1).sqrt() / scale).softmax(0)
+
+
+def _inside(t: Tensor) -> Tensor:
+    """[0, 1] mapped onto [MARGIN, 1 - MARGIN]."""
+    return t * (1 - 2 * MARGIN) + MARGIN
+
+
+def _perceptual(v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None) -> Tensor:
+    if perceptual is None:
+        raise MissingInput("the loss needs a perceptual distance: choose squared-l2 or pseudo-huber")
+    return perceptual(x0_from_velocity(x_t, v_hat, t), x0_from_velocity(x_t, v, t))

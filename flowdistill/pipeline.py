@@ -1,0 +1,294 @@
+"""From a recipe to artifacts: what is done, what is stale and why, and doing the rest in order.
+
+A stage's folder is `OUT/NAME`. `started.json` says what an unfinished stage is being made from, the manifest,
+written last, what a finished one was made from. Both are compared with the recipe as it is now; where they
+differ nothing is touched, unless `fresh` asks for it, and then the old folder is kept beside the new one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from flowdistill import artifact, teachers
+from flowdistill.errors import MissingInput, UsageError, unknown
+from flowdistill.recipe import Recipe
+from flowdistill.stages import Progress, Stage, Stop, Work
+
+STARTED = "started.json"
+TEACHER = "teacher"
+
+State = Literal["done", "stale", "partial", "missing"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a stage stands.
+
+    `conflicts` say in what the settings or inputs of what is there differ from the recipe's, `waits` which
+    inputs are not done. A finished stage with either is stale.
+    """
+
+    stage: str
+    verb: str
+    folder: Path
+    state: State
+    inputs: Mapping[str, str]
+    """Reference field -> what it resolved to, as a person would write it."""
+    conflicts: tuple[str, ...] = ()
+    waits: tuple[str, ...] = ()
+    manifest: artifact.Manifest | None = None
+
+
+@dataclass(frozen=True)
+class Started:
+    """A stage begins (or continues)."""
+
+    stage: str
+    verb: str
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """A stage reports how far it is."""
+
+    stage: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A stage is done; `skipped` where it was done before."""
+
+    stage: str
+    verb: str
+    folder: Path
+    manifest: artifact.Manifest
+    skipped: bool
+
+
+Event = Started | Advanced | Finished
+
+
+class Pipeline:
+    """The stages of one recipe and their folders below its `out`."""
+
+    def __init__(self, recipe: Recipe[Stage]) -> None:
+        self.recipe = recipe
+        self.out = recipe.out
+        self.stages = {stage.name: stage for stage in recipe.stages}
+
+    def status(self) -> list[Standing]:
+        """Every stage, in the recipe's order."""
+        standings: dict[str, Standing] = {}
+        for name in self.stages:
+            standings[name] = self._standing(name, standings)
+        return list(standings.values())
+
+    def select(self, verb: str | None, stage: str | None) -> str | None:
+        """Name of the stage that a command means; None is all of them."""
+        if stage is not None and stage not in self.stages:
+            raise UsageError(f"--stage: {unknown('stage', stage, self.stages)}")
+        if verb is None or stage is not None:
+            return stage
+        found = [name for name, each in self.stages.items() if each.verb == verb]
+        if not found:
+            raise UsageError(f"{self.recipe.path}: has no stage '{verb}' (it has {', '.join(self.stages)})")
+        if len(found) > 1:
+            raise UsageError(
+                f"{self.recipe.path}: has {len(found)} stages '{verb}'; choose with --stage {'|'.join(found)}"
+            )
+        return found[0]
+
+    def run(
+        self,
+        target: str | None,
+        *,
+        only: bool,
+        fresh: bool,
+        device: str,
+        observe: Callable[[Event], None],
+        stop: Stop,
+    ) -> None:
+        """Do stage `target` (None: all) and, unless `only`, what it needs and is not done."""
+        chosen = list(self.stages) if target is None else self._needed(target)
+        standings = {standing.stage: standing for standing in self.status()}
+        if only and target is not None:
+            missing = [name for name in chosen[:-1] if standings[name].state != "done"]
+            if missing:
+                raise MissingInput(
+                    f"{target}: needs {', '.join(missing)}, which is not done; run without --only"
+                )
+            chosen = [target]
+        redo = {target} if fresh and target else set()
+        if not fresh:
+            _refuse([standings[name] for name in chosen])
+        artifact.create_folder(self.out)
+        with artifact.lock(self.out):
+            for name in chosen:
+                standing = self._standing(name, standings)
+                if standing.state == "done" and standing.manifest and name not in redo:
+                    observe(Finished(name, standing.verb, standing.folder, standing.manifest, skipped=True))
+                    continue
+                if not fresh:
+                    _refuse([standing])
+                elif standing.conflicts or name in redo:
+                    _set_aside(standing.folder)
+                stop.check()
+                manifest = self._do(name, device, observe, stop)
+                standings[name] = self._standing(name, standings)
+                observe(Finished(name, standing.verb, standing.folder, manifest, skipped=False))
+
+    def _do(self, name: str, device: str, observe: Callable[[Event], None], stop: Stop) -> artifact.Manifest:
+        from flowdistill import hardware, randomness
+
+        stage, folder = self.stages[name], self.out / name
+        settings = self.recipe.settings_json(name)
+        parents = self._parents(name)
+        started = datetime.now(UTC)
+        artifact.create_folder(folder)
+        artifact.sweep(folder)
+        artifact.save_json(folder / STARTED, {"settings": settings, "inputs": parents})
+        observe(Started(name, stage.verb))
+        seed = randomness.key(self.recipe.seed, name)
+        work = Work(
+            stage=name,
+            folder=folder,
+            seed=seed,
+            device=device,
+            inputs={field: self._locations(reference) for field, reference in self._references(name).items()},
+            parents=parents,
+            settings=settings,
+            report=lambda progress: observe(Advanced(name, progress)),
+            stop=stop,
+        )
+        done = stage.run(work)
+        manifest = artifact.Manifest(
+            stage=name,
+            verb=stage.verb,
+            settings=settings,
+            inputs=parents,
+            outputs={output: artifact.sha256(folder / output) for output in done.outputs},
+            seed=self.recipe.seed,
+            dtype=done.dtype,
+            started=started,
+            finished=datetime.now(UTC),
+            figures=done.figures,
+            **hardware.describe(device),
+        )
+        manifest.write(folder)
+        return manifest
+
+    def _standing(self, name: str, earlier: Mapping[str, Standing]) -> Standing:
+        stage, folder = self.stages[name], self.out / name
+        references = self._references(name)
+        inputs = {field: _spoken(reference) for field, reference in references.items()}
+        manifest = _manifest(folder)
+        if manifest is not None:
+            before: Mapping[str, Any] = {"settings": manifest.settings, "inputs": manifest.inputs}
+            state: State = "done"
+        elif (folder / STARTED).is_file():
+            before, state = artifact.load_json(folder / STARTED), "partial"
+        else:
+            return Standing(name, stage.verb, folder, "missing", inputs)
+        conflicts = _differences(before["settings"], self.recipe.settings_json(name))
+        waits = [
+            f"input {e} is {earlier[e].state}" for e in self._needed(name)[:-1] if earlier[e].state != "done"
+        ]
+        if not waits:
+            conflicts += _differences(before["inputs"], self._parents(name), "input ")
+        if state == "done" and (conflicts or waits):
+            state = "stale"
+        return Standing(name, stage.verb, folder, state, inputs, tuple(conflicts), tuple(waits), manifest)
+
+    def _references(self, name: str) -> dict[str, Any]:
+        """Field -> resolved reference (or list of them) of a stage."""
+        return dict(self.recipe.references[name])
+
+    def _needed(self, name: str) -> list[str]:
+        """The stage and all that it rests on, in the recipe's order."""
+        needed, queue = {name}, [name]
+        while queue:
+            for reference in _flat(self._references(queue.pop()).values()):
+                if reference in self.stages and reference not in needed:
+                    needed.add(reference)
+                    queue.append(reference)
+        return [other for other in self.stages if other in needed]
+
+    def _locations(self, reference: Any) -> Any:
+        """What `Work` opens: a folder, a path, or the teacher; (name, location) in lists."""
+        if isinstance(reference, list | tuple):
+            return [(each, self._locations(each)) for each in reference]
+        if reference == TEACHER:
+            return self.recipe.teacher
+        return str(self.out / reference) if reference in self.stages else reference
+
+    def _parents(self, name: str) -> dict[str, str]:
+        """Name of each input -> digest of what it is now."""
+        parents = {}
+        for reference in _flat(self._references(name).values()):
+            if reference in self.stages:
+                manifest = _manifest(self.out / reference)
+                parents[reference] = manifest.digest if manifest else "not done"
+            else:
+                parents[reference] = teachers.identify(self._locations(reference))
+        return parents
+
+
+def _flat(references: Iterable[Any]) -> list[str]:
+    found: list[str] = []
+    for reference in references:
+        if isinstance(reference, list | tuple):
+            found += reference
+        elif reference is not None:
+            found.append(reference)
+    return found
+
+
+def _spoken(reference: Any) -> str:
+    return ", ".join(reference) if isinstance(reference, list | tuple) else str(reference)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every key, nested ones dotted, that is not the same in both."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {_short(old)} -> {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:12]}…" if len(text) > 40 else text
+
+
+def _manifest(folder: Path) -> artifact.Manifest | None:
+    return artifact.Manifest.read(folder) if (folder / artifact.MANIFEST).exists() else None
+
+
+def _refuse(standings: list[Standing]) -> None:
+    """Stop before anything is touched that was made from something else."""
+    lines = [
+        f"{s.folder}: made with other settings or inputs ({'; '.join(s.conflicts)})"
+        for s in standings
+        if s.conflicts
+    ]
+    if lines:
+        fix = "fix: add --fresh to make it anew (what is there is kept beside), or choose another --out"
+        raise UsageError("\n".join([*lines, fix]))
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a folder to the next free NAME.old-N."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(target)

@@ -1,0 +1,212 @@
+"""Stages: the verbs of a recipe, one file each.
+
+A stage is its settings (typed fields are the recipe's keys) and `run`, which turns the artifacts named by
+its references into one artifact. The folder is the registry: a file that holds a `Stage` with a `verb` adds
+that verb to recipes, to the schema and to the command line. Nothing here imports torch, so that a recipe is
+checked before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from flowdistill.errors import Interrupted
+from flowdistill.recipe import Settings, StageSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from flowdistill.objectives import Distance
+    from flowdistill.pairstore import PairStore
+    from flowdistill.teachers import Model
+    from flowdistill.training import Batch, Source
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a stage made: its files, relative to the folder, what was measured, the type it computed in."""
+
+    outputs: Sequence[str]
+    figures: Figures
+    dtype: str = "float32"
+
+
+class Stage(StageSettings):
+    """One verb of a recipe."""
+
+    verb: ClassVar[str]
+
+    def run(self, work: Work) -> Done:
+        """Write the artifact into `work.folder`, continuing what an earlier run left there.
+
+        The pipeline writes the manifest afterwards.
+        """
+        raise NotImplementedError
+
+
+class Optimizer(Settings):
+    """Adam or AdamW with linear warm-up."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: float = Field(2e-4, gt=0, description="learning rate after the warm-up")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up; step 0 already has lr/warmup")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="course of the learning rate after `decay_from`, down to 1 % of `lr`",
+    )
+    decay_from: float = Field(0.0, ge=0, lt=1, description="share of training after which `decay` sets in")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of 0-based `step` of `steps`."""
+        import math
+
+        rate = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
+        done = max(0.0, (step / steps - self.decay_from) / (1.0 - self.decay_from))
+        if self.decay == "linear":
+            return rate * (1.0 - 0.99 * done)
+        if self.decay == "cosine":
+            return rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
+        return rate
+
+
+class Ema(Settings):
+    """Exponential moving average of the weights; the average is what a stage ships."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    ramp: bool = Field(
+        True,
+        description="min(decay, (1+n)/(10+n)) at update n, as score_sde and SlimFlow; false is rf++'s constant",
+    )
+
+    def decay_at(self, update: int) -> float:
+        """Decay of the 1-based `update`."""
+        return min(self.decay, (1 + update) / (10 + update)) if self.ramp else self.decay
+
+
+class Training(Stage):
+    """A stage that trains a network: its subclass is a loss per sample, the loop is `training.fit`."""
+
+    produces: ClassVar[str] = "model"
+
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_size: int = Field(128, gt=0, description="samples in a step, over all processes")
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="arithmetic of the network; weights, averages and losses stay fp32"
+    )
+    weights: Literal["float32", "float16"] = Field(
+        "float32",
+        description="number format of the weights in model.safetensors; training is not touched",
+    )
+    log_every: int = Field(50, gt=0, description="steps between two lines of log.jsonl")
+    checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
+
+    def student(self, work: Work) -> Model:
+        """The network to be trained, with its card."""
+        raise NotImplementedError
+
+    def source(self, work: Work) -> Source:
+        """Where the batches come from."""
+        raise NotImplementedError
+
+    def perceptual(self, work: Work) -> Distance | None:
+        """The perceptual distance, for a loss that needs one."""
+        return None
+
+    def per_sample(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss [B] and its named terms [B]: the mathematics of the method."""
+        raise NotImplementedError
+
+    def conclude(self, network: nn.Module) -> Figures:
+        """Measure the averaged network before it is written; the figures go into its card."""
+        return {}
+
+    def run(self, work: Work) -> Done:
+        from flowdistill.training import fit
+
+        return fit(self, work)
+
+
+class Stop:
+    """Set by the first SIGINT or SIGTERM; long work asks at points where its state is whole."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has arrived. Call it only when everything is saved."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is: `done` of `total` `unit`s, with figures worth a glance."""
+
+    done: int
+    total: int
+    unit: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is given to run: its folder, its opened inputs, the seed, the device."""
+
+    stage: str
+    folder: Path
+    seed: int
+    device: str
+    inputs: Mapping[str, Any]
+    """Reference field -> location, or list of (name, location): what the recipe's references resolved to."""
+    parents: Mapping[str, str]
+    """Input name -> digest, for the cards of what this stage makes."""
+    settings: Mapping[str, Any]
+    """The stage's resolved section of the recipe."""
+    report: Callable[[Progress], None]
+    stop: Stop
+
+    def model(self, reference: str = "model") -> Model:
+        """Open the model that the field `reference` names."""
+        from flowdistill.teachers import open_model
+
+        return open_model(self.inputs[reference], self.device)
+
+    def models(self, reference: str = "models") -> dict[str, Model]:
+        """Open the models of a field that lists several, by the names the recipe gave."""
+        from flowdistill.teachers import open_model
+
+        return {name: open_model(location, self.device) for name, location in self.inputs[reference]}
+
+    def pairs(self, reference: str = "pairs") -> PairStore:
+        """Open the pairs that the field `reference` names."""
+        from flowdistill.pairstore import PairStore
+
+        return PairStore.open(self.inputs[reference])
+
+
+@cache
+def verbs() -> Mapping[str, type[Stage]]:
+    """Verb -> stage class, from the files of this folder."""
+    found: dict[str, type[Stage]] = {}
+    for file in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        module = importlib.import_module(f"{__name__}.{file.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Stage) and "verb" in vars(value):
+                found[value.verb] = value
+    return found

@@ -1,0 +1,344 @@
+"""The one training loop, on accelerate.
+
+Everything random in a step is a pure function of (seed, purpose, step), and the position in the data is the
+step itself. So the state of a run is: weights, their moving average, the optimizer, the step. A run that is
+killed and run again ends in the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill import artifact, randomness
+from flowdistill.errors import Diverged, UsageError
+from flowdistill.stages import Done, Progress
+from flowdistill.teachers import Model
+
+if TYPE_CHECKING:
+    from flowdistill.data import Dataset
+    from flowdistill.objectives import Distance
+    from flowdistill.pairstore import PairStore
+    from flowdistill.stages import Ema, Optimizer, Training, Work
+
+CHECKPOINT = "checkpoints/last.safetensors"
+LOG = "log.jsonl"
+MODEL = "model.safetensors"
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one step, of which a process takes its part of the batch.
+
+    They depend neither on the number of processes nor on the device.
+    """
+
+    seed: int
+    step: int
+    part: slice
+    total: int
+    device: torch.device
+
+    def uniform(self, purpose: str) -> Tensor:
+        """[B] in (0, 1), float64."""
+        drawn = randomness.uniforms(self.seed, purpose, self.step, self.total)
+        return drawn[self.part].to(self.device)
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """[B, *shape] standard normal, float32."""
+        first = self.step * self.total
+        indices = range(first, first + self.total)[self.part]
+        return randomness.noise(randomness.key(self.seed, purpose), indices, shape).to(self.device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees: data x0 and noise eps [B, *shape], labels [B] or None, fresh random numbers.
+
+    The label number `classes` stands for no label.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    labels: Tensor | None
+    classes: int
+    draw: Draws
+    progress: float
+    """Share of the training that is done, in [0, 1)."""
+    perceptual: Distance | None = None
+
+
+class Source(Protocol):
+    """Data as a function of the step, so that its position is restored at no cost."""
+
+    def batch(self, draw: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x0, eps [B, *shape] and labels [B] of one step."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Samples of a data set with fresh noise (independent coupling)."""
+
+    data: Dataset
+
+    def batch(self, draw: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
+        x0, labels = self.data.batch(_indices(draw, self.data.count), draw.seed)
+        return x0, draw.normal("noise", self.data.shape), labels
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """The pairs of a store."""
+
+    pairs: PairStore
+
+    def batch(self, draw: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
+        eps, x0, labels = self.pairs.batch(_indices(draw, len(self.pairs)))
+        return x0, eps, labels
+
+
+def _indices(draw: Draws, count: int | None) -> Tensor:
+    """Indices [B] of this process's part of a batch.
+
+    `count` samples are shuffled anew in each epoch; a batch may straddle two, so none is left out. Endless
+    data (None) is simply read on.
+    """
+    first = draw.step * draw.total
+    if count is None:
+        return torch.arange(first, first + draw.total)[draw.part]
+    epochs = range(first // count, (first + draw.total - 1) // count + 1)
+    order = torch.cat([randomness.permutation(draw.seed, "order", epoch, count) for epoch in epochs])
+    start = first - epochs[0] * count
+    return order[start : start + draw.total][draw.part]
+
+
+class State:
+    """Weights, moving average, optimizer and step; what a checkpoint holds."""
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.ema = ema
+        self.step = 0
+        self.window = Window()
+        self.average = {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the average towards the weights; buffers are copied."""
+        rate = 1.0 - self.ema.decay_at(self.step)
+        weights = dict(self.network.named_parameters())
+        torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), rate)
+        for name, value in self.network.named_buffers():
+            if name in self.average:
+                self.average[name].copy_(value)
+
+    def save(self, path: Path, key: str, scaler: dict[str, Any]) -> None:
+        """Write all of it; `key` names the run that may continue from it."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        header = {"key": key, "step": self.step, "window": self.window.sums, "scaler": scaler}
+        artifact.save_tensors(path, tensors, header)
+
+    def load(self, path: Path, key: str) -> dict[str, Any]:
+        """Read what `save` wrote and return the loss scaler's state; another run's file is refused."""
+        tensors, header = artifact.load_tensors(path)
+        if header["key"] != key:
+            raise UsageError(
+                f"{path}: this checkpoint belongs to other settings or inputs; "
+                "restore the recipe, choose another --out, or start over with --fresh"
+            )
+        groups: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = value
+        self.network.load_state_dict(groups["network"])
+        for name, value in groups["average"].items():
+            self.average[name].copy_(value)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in groups["optimizer"].items():
+            index, _, moment = name.partition(".")
+            moments.setdefault(int(index), {})[moment] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.step = header["step"]
+        self.window = Window(header["window"])
+        return dict(header["scaler"])
+
+
+@dataclass
+class Window:
+    """Running means of the loss terms since the last line of the log."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, terms: dict[str, float]) -> None:
+        for name, value in {**terms, "count": 1.0}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        """Means so far; starts a new window."""
+        count = self.sums.pop("count")
+        means = {name: total / count for name, total in self.sums.items()}
+        self.sums = {}
+        return means
+
+
+class Log:
+    """`log.jsonl`: one line for each window, without times, so that equal runs write equal bytes."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.lines = [line for line in lines if _step_of(line) <= step]
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        self.lines.append(json.dumps({"step": step, **figures}))
+
+    def save(self) -> None:
+        artifact.atomic_write(self.path, "".join(f"{line}\n" for line in self.lines).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def make_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the recipe, fused where the device has such a kernel."""
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(
+        network.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def fit(stage: Training, work: Work) -> Done:
+    """Train `stage`'s student and write `model.safetensors`, the average of its weights.
+
+    Raises `Diverged` when a loss or gradient is not finite (no state is written from that step on) and
+    `Interrupted` after a signal, with the state saved.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=work.device == "cpu", mixed_precision=_MIXED[stage.precision])
+    student = stage.student(work)
+    network = student.network.to(accelerator.device).train()
+    state = State(network, make_optimizer(stage.optimizer, network), stage.ema)
+    key = artifact.digest({"settings": dict(work.settings), "parents": dict(work.parents)})
+    path = work.folder / CHECKPOINT
+    artifact.create_folder(path.parent)
+    scaler = state.load(path, key) if path.exists() else {}
+    wrapped, optimizer = accelerator.prepare(network, state.optimizer)
+    if scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    log = Log(work.folder / LOG, state.step)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            log.save()
+            state.save(path, key, accelerator.scaler.state_dict() if accelerator.scaler else {})
+
+    started, first, figures = time.monotonic(), state.step, {}
+    for batch in _batches(stage, work, student.card.classes, accelerator, state.step):
+        rate = stage.optimizer.lr_at(state.step, stage.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(randomness.key(work.seed, "dropout", state.step, accelerator.process_index))
+        terms = _update(stage, wrapped, optimizer, batch, accelerator)
+        state.step += 1
+        state.update_average()
+        state.window.add(terms)
+        if state.step % stage.log_every == 0 or state.step == stage.steps:
+            figures = state.window.take()
+            log.add(state.step, {**figures, "lr": rate})
+        per_second = (state.step - first) * stage.batch_size / (time.monotonic() - started)
+        shown = {"loss": terms["loss"], "images/s": per_second}
+        work.report(Progress(state.step, stage.steps, "step", shown))
+        if work.stop.signum or state.step % stage.checkpoint_every == 0:
+            save()
+        work.stop.check()
+    save()
+    return _finish(stage, work, student, state, figures, started, first)
+
+
+def _batches(
+    stage: Training, work: Work, classes: int, accelerator: Any, first: int
+) -> Iterator[Batch]:
+    """This process's part of each remaining batch."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if stage.batch_size % world:
+        raise UsageError(f"{work.stage}.batch_size: {stage.batch_size} does not divide by {world} processes")
+    size = stage.batch_size // world
+    part = slice(rank * size, (rank + 1) * size)
+    source, perceptual = stage.source(work), stage.perceptual(work)
+    for step in range(first, stage.steps):
+        draw = Draws(work.seed, step, part, stage.batch_size, accelerator.device)
+        x0, eps, labels = source.batch(draw)
+        x0, eps = x0.to(draw.device), eps.to(draw.device)
+        labels = None if labels is None else labels.to(draw.device)
+        yield Batch(x0, eps, labels, classes, draw, step / stage.steps, perceptual)
+
+
+def _update(
+    stage: Training, network: nn.Module, optimizer: Any, batch: Batch, accelerator: Any
+) -> dict[str, float]:
+    """One optimizer step; the means of the loss and its terms over all processes."""
+    loss, terms = stage.per_sample(network, batch)
+    accelerator.backward(loss.mean())
+    clip = stage.optimizer.clip or math.inf
+    norm = accelerator.clip_grad_norm_(network.parameters(), clip)
+    names = ["loss", *terms]
+    means = torch.stack([loss.detach().mean(), *(term.detach().mean() for term in terms.values())])
+    shown = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+    shown["grad_norm"] = float(norm)
+    # A loss scaler meets infinite gradients by design and skips such steps itself.
+    if not math.isfinite(shown["loss"]) or (
+        accelerator.scaler is None and not math.isfinite(shown["grad_norm"])
+    ):
+        raise Diverged(
+            f"training diverged at step {batch.draw.step}: loss {shown['loss']}, gradient norm "
+            f"{shown['grad_norm']}; lower optimizer.lr or set optimizer.clip (the last checkpoint is intact)"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return shown
+
+
+def _finish(
+    stage: Training,
+    work: Work,
+    student: Model,
+    state: State,
+    figures: dict[str, float],
+    started: float,
+    first: int,
+) -> Done:
+    student.network.load_state_dict(state.average)
+    measured = stage.conclude(student.network.eval())
+    card = student.card.model_copy(update={"figures": measured})
+    card.write(work.folder / MODEL, student.network.state_dict(), stage.weights)
+    seconds = time.monotonic() - started
+    rates = {
+        "images_per_second": (state.step - first) * stage.batch_size / seconds,
+        "seconds": seconds,
+    }
+    size = {"parameters": sum(p.numel() for p in student.network.parameters())}
+    return Done((MODEL, LOG), {**figures, **measured, **size, **rates}, stage.precision)

@@ -1,0 +1,286 @@
+"""Time distributions against their CDFs, losses against sums by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from flowdistill.errors import MissingInput
+from flowdistill.objectives import (
+    LogitNormal,
+    Loss,
+    LpipsHuber,
+    Perceptual,
+    PseudoHuber,
+    SquaredL2,
+    Timesteps,
+    Uniform,
+    UShaped,
+    wcfm_weight,
+)
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GRID = torch.linspace(0, 1, 201, dtype=torch.float64)
+
+
+# Times
+
+
+@pytest.mark.parametrize("a", [1, 2, 4])
+def test_u_shape_has_the_quantiles_of_rf_plus_plus(a: int) -> None:
+    case = json.loads((FIXTURES / "u_shape.json").read_text())[f"a{a}"]
+    t = UShaped(a=float(a)).from_uniform(torch.tensor(case["u"], dtype=torch.float64))
+    np.testing.assert_allclose(t.numpy(), case["quantile_after_affine"], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("a", [1e-9, 0.1, 4.0, 30.0])
+def test_u_shape_inverts_its_cdf(a: float) -> None:
+    t = (UShaped(a=a).from_uniform(GRID) - 1e-5) / (1 - 2e-5)
+    cdf = 0.5 + (a * (t - 0.5)).sinh() / (2 * math.sinh(a / 2))
+    torch.testing.assert_close(cdf, GRID, rtol=0, atol=1e-13)
+
+
+def test_u_shape_of_random_numbers_has_its_density() -> None:
+    u = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = UShaped().from_uniform(u).sort().values
+    cdf = 0.5 + (4 * (t - 0.5)).sinh() / (2 * math.sinh(2))
+    gap = (torch.arange(1, len(t) + 1) / len(t) - cdf).abs().max()
+    assert math.sqrt(len(t)) * gap < 2.0  # Kolmogorov-Smirnov, p = 7e-4
+    assert float((t < 0.1).double().mean()) == pytest.approx(0.1725, abs=0.01)
+
+
+def test_u_shape_tends_to_uniform() -> None:
+    uniform = Uniform().from_uniform(GRID)
+    assert torch.equal(UShaped(a=0).from_uniform(GRID), uniform)
+    for a in (1e-300, 1e-12, 1e-6):
+        torch.testing.assert_close(UShaped(a=a).from_uniform(GRID), uniform, rtol=0, atol=1e-13)
+    bent = UShaped(a=1e-2).from_uniform(GRID)
+    assert 0 < float((bent - uniform).abs().max()) < 1e-6
+
+
+def test_logit_normal_has_its_quantiles() -> None:
+    times = LogitNormal(mean=-0.4, std=1.7)
+    u = torch.tensor([0.01, 0.3, 0.5, 0.9], dtype=torch.float64)
+    expected = [1 / (1 + math.exp(-NormalDist(-0.4, 1.7).inv_cdf(p))) for p in u.tolist()]
+    torch.testing.assert_close((times.from_uniform(u) - 1e-5) / (1 - 2e-5), torch.tensor(expected).double())
+
+
+@pytest.mark.parametrize("times", [UShaped(), UShaped(a=100.0), Uniform(), LogitNormal()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_times_rise_with_u_are_symmetric_and_keep_off_the_ends(
+    times: UShaped | Uniform | LogitNormal, dtype: torch.dtype
+) -> None:
+    t = times.from_uniform(GRID.to(dtype))
+    assert t.dtype == dtype
+    assert bool((t.diff() >= 0).all())
+    torch.testing.assert_close(t + t.flip(0), torch.ones_like(t))
+    assert float(t[0]) == pytest.approx(1e-5, rel=1e-6 if dtype == torch.float64 else 0.02)
+
+
+def test_defaults_are_the_papers() -> None:
+    assert UShaped().a == 4.0
+    assert (LogitNormal().mean, LogitNormal().std) == (0.0, 1.0)
+    assert PseudoHuber().c is None
+    assert LpipsHuber().divide_by_t is False
+
+
+@pytest.mark.parametrize(
+    "recipe, expected",
+    [
+        ({"name": "u-shaped", "a": 4}, UShaped()),
+        ({"name": "u-shaped"}, UShaped(a=4.0)),
+        ({"name": "uniform"}, Uniform()),
+        ({"name": "logit-normal", "mean": -1, "std": 0.5}, LogitNormal(mean=-1.0, std=0.5)),
+    ],
+)
+def test_recipes_of_times(recipe: dict[str, Any], expected: object) -> None:
+    assert TypeAdapter(Timesteps).validate_python(recipe) == expected
+
+
+@pytest.mark.parametrize(
+    "recipe, expected",
+    [
+        ({"name": "squared-l2"}, SquaredL2()),
+        ({"name": "pseudo-huber", "c": 0.1}, PseudoHuber(c=0.1)),
+        ({"name": "perceptual"}, Perceptual()),
+        ({"name": "lpips-huber", "divide_by_t": True}, LpipsHuber(divide_by_t=True)),
+    ],
+)
+def test_recipes_of_losses(recipe: dict[str, Any], expected: object) -> None:
+    assert TypeAdapter(Loss).validate_python(recipe) == expected
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"name": "u-shape"},
+        {"a": 4.0},
+        {"name": "u-shaped", "a": -0.1},
+        {"name": "u-shaped", "a": 100.1},
+        {"name": "u-shaped", "a": float("nan")},
+        {"name": "u-shaped", "a": "4"},
+        {"name": "u-shaped", "b": 4.0},
+        {"name": "logit-normal", "std": 0.0},
+        {"name": "logit-normal", "std": 20.1},
+        {"name": "logit-normal", "mean": 20.1},
+        {"name": "logit-normal", "mean": -20.1},
+        {"name": "uniform", "a": 4.0},
+    ],
+)
+def test_wrong_recipes_of_times_are_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(Timesteps).validate_python(recipe)
+
+
+@pytest.mark.parametrize("recipe", [{"name": "l2"}, {"name": "pseudo-huber", "c": 0.0}, {}])
+def test_wrong_recipes_of_losses_are_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(Loss).validate_python(recipe)
+
+
+# Losses
+
+
+def absolute(x_hat: Tensor, x: Tensor) -> Tensor:
+    """A stand-in for a perceptual distance that tells its arguments apart."""
+    return ((x_hat - x).abs() * (2 + x)).flatten(1).sum(1)
+
+
+def batch(*shape: int) -> dict[str, Tensor]:
+    drawn = torch.Generator().manual_seed(0)
+    v_hat, v, x_t = torch.randn(3, *shape, generator=drawn, dtype=torch.float64)
+    t = torch.rand(shape[0], generator=drawn, dtype=torch.float64)
+    return {"v_hat": v_hat, "v": v, "x_t": x_t, "t": t}
+
+
+def huber_by_hand(parts: dict[str, Tensor], c: float | None = None) -> Tensor:
+    rows = []
+    for v_hat, v in zip(parts["v_hat"], parts["v"], strict=True):
+        d = v.numel()
+        knee = 0.00054 * d if c is None else c
+        norm2 = sum(float(a - b) ** 2 for a, b in zip(v_hat.flatten(), v.flatten(), strict=True))
+        rows.append((math.sqrt(norm2 + knee**2) - knee) / d)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def distance_by_hand(parts: dict[str, Tensor]) -> Tensor:
+    t = parts["t"].reshape(-1, 1, 1, 1)
+    return absolute(parts["x_t"] - t * parts["v_hat"], parts["x_t"] - t * parts["v"])
+
+
+def test_squared_l2_is_the_mean_square() -> None:
+    parts = batch(5, 3, 4, 4)
+    loss, terms = SquaredL2()(**parts, perceptual=None)
+    expected = [
+        np.mean((a - b) ** 2) for a, b in zip(parts["v_hat"].numpy(), parts["v"].numpy(), strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.tensor(expected))
+    assert terms == {}
+
+
+@pytest.mark.parametrize("c", [None, 0.5])
+def test_pseudo_huber_by_hand(c: float | None) -> None:
+    parts = batch(5, 3, 4, 4)
+    loss, terms = PseudoHuber(c=c)(**parts, perceptual=None)
+    torch.testing.assert_close(loss, huber_by_hand(parts, c))
+    assert terms == {}
+
+
+def test_pseudo_huber_is_linear_far_away_and_quadratic_near() -> None:
+    v = torch.zeros(1, 1000, dtype=torch.float64)
+    assert PseudoHuber()(v + 1e4, v, v, v[:, 0], None)[0].item() == pytest.approx(
+        1e4 * math.sqrt(1000) / 1000, rel=1e-5
+    )
+    near = v.float() + 1e-8  # 1e-13 beside c^2 = 0.29: the plain formula gives 0 in float32
+    assert PseudoHuber()(near, v.float(), near, near[:, 0], None)[0].item() == pytest.approx(
+        1e-16 * 1000 / (2 * 0.54) / 1000, rel=1e-5
+    )
+
+
+def test_perceptual_compares_the_images_that_the_velocities_point_at() -> None:
+    parts = batch(5, 3, 4, 4)
+    loss, terms = Perceptual()(**parts, perceptual=absolute)
+    torch.testing.assert_close(loss, distance_by_hand(parts))
+    assert terms == {}
+
+
+@pytest.mark.parametrize("divide_by_t", [False, True])
+def test_lpips_huber_is_config_e_or_f(divide_by_t: bool) -> None:
+    parts = batch(5, 3, 4, 4)
+    loss, terms = LpipsHuber(divide_by_t=divide_by_t)(**parts, perceptual=absolute)
+    huber, distance, t = huber_by_hand(parts), distance_by_hand(parts), parts["t"]
+    expected = (1 - t) * huber + (distance / t if divide_by_t else distance)
+    torch.testing.assert_close(loss, expected)
+    assert set(terms) == {"huber", "perceptual"}
+    torch.testing.assert_close(terms["huber"], huber)
+    torch.testing.assert_close(terms["perceptual"], distance)
+
+
+def squares(x_hat: Tensor, x: Tensor) -> Tensor:
+    return (x_hat - x).square().flatten(1).sum(1)
+
+
+LOSSES = [SquaredL2(), PseudoHuber(), Perceptual(), LpipsHuber(), LpipsHuber(divide_by_t=True)]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_losses_pull_the_velocity_towards_the_target(loss: Any) -> None:
+    parts = batch(4, 2, 3, 3)
+    v_hat = parts["v_hat"].requires_grad_()
+    per_sample = loss(**parts, perceptual=squares)[0]
+    assert per_sample.shape == (4,) and bool((per_sample > 0).all())
+    (gradient,) = torch.autograd.grad(per_sample.sum(), v_hat)
+    # Every one of them is a function of |v_hat - v| here, so the gradient is along the error.
+    error = v_hat.detach() - parts["v"]
+    cosine = torch.cosine_similarity(gradient.flatten(1), error.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_losses_are_zero_with_zero_gradient_at_the_target(loss: Any) -> None:
+    parts = batch(4, 2, 3, 3)
+    parts["v_hat"] = parts["v"].clone().requires_grad_()
+    per_sample = loss(**parts, perceptual=squares)[0]
+    (gradient,) = torch.autograd.grad(per_sample.sum(), parts["v_hat"])
+    assert torch.equal(per_sample, torch.zeros_like(per_sample))
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("loss", [Perceptual(), LpipsHuber()])
+def test_a_perceptual_loss_without_a_distance_is_refused(loss: Any) -> None:
+    with pytest.raises(MissingInput, match="perceptual distance"):
+        loss(**batch(2, 1, 2, 2), perceptual=None)
+
+
+def test_losses_say_whether_they_need_a_distance() -> None:
+    assert [loss.needs_perceptual for loss in LOSSES] == [False, False, True, True, True]
+
+
+# Weights
+
+
+def test_wcfm_weights_by_hand() -> None:
+    x0 = torch.zeros(3, 1, 2, 2, dtype=torch.float64)
+    eps = torch.tensor([1.0, 2.0, 4.0]).double().reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
+    raw = torch.tensor([math.exp(-2 * length / (0.5 * 2)) for length in (1, 2, 4)]).double()
+    torch.testing.assert_close(wcfm_weight(x0, eps, kappa=0.5), raw / raw.mean())
+
+
+def test_wcfm_weights_have_mean_1_and_survive_underflow() -> None:
+    parts = batch(64, 3, 4, 4)
+    for kappa in (1e-6, 0.1, 1.0, 1e9):
+        weight = wcfm_weight(parts["v"].float(), parts["x_t"].float(), kappa)
+        assert weight.shape == (64,)
+        assert float(weight.mean()) == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(weight, torch.ones(64))
+    same = torch.ones(5, 2)
+    torch.testing.assert_close(wcfm_weight(same, 3 * same, 0.3), torch.ones(5))

@@ -1,0 +1,263 @@
+"""Solvers: measured orders, exactness where theory promises it, and the count of evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowdistill.analytic import Mixture, mixture
+from flowdistill.errors import UsageError
+from flowdistill.randomness import noise
+from flowdistill.schedule import Schedule, bellman, edm, shifted, uniform
+from flowdistill.solvers import SOLVERS, Solver, SolverName, integrate, nfe, steps_for
+
+FIXTURES = Path(__file__).parent / "fixtures"
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=lambda solver: solver.name)
+
+
+class Counting:
+    """A field that keeps what it was asked."""
+
+    def __init__(self, field: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
+        self.field = field
+        self.asked: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        self.asked.append((x, t, labels))
+        return self.field(x, t, labels)
+
+
+def test_the_registry_is_the_recipes_choice() -> None:
+    assert get_args(SolverName) == tuple(SOLVERS)
+    assert all(name == solver.name for name, solver in SOLVERS.items())
+
+
+@every_solver
+def test_order_is_measured_on_a_bent_mixture(solver: Solver) -> None:
+    """log2(error(n) / error(2n)); on a single Gaussian, which is linear, midpoint would show 3.
+
+    Of the median sample: those few that end in another component have no order.
+    """
+    field, eps = mixture((2,)), noise(0, range(65), (2,)).double()
+    truth = integrate(field, eps, uniform(512), SOLVERS["rk4"])
+    coarse, fine = (
+        (integrate(field, eps, uniform(steps), solver) - truth).norm(dim=1).median() for steps in (64, 128)
+    )
+    assert math.log2(coarse / fine) == pytest.approx(solver.order, abs=0.25)
+
+
+STABILITY: dict[SolverName, Callable[[float], float]] = {
+    "euler": lambda z: 1 + z,
+    "heun": lambda z: 1 + z + z**2 / 2,
+    "midpoint": lambda z: 1 + z + z**2 / 2,
+    "rk4": lambda z: 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24,
+}
+
+
+@every_solver
+def test_one_step_of_a_linear_flow_is_the_stability_polynomial(solver: Solver) -> None:
+    x = torch.tensor([[2.0, -3.0]], dtype=torch.float64)
+    after = solver.step(lambda x, t: 1.5 * x, x, 1.5 * x, 0.8, 0.4)
+    torch.testing.assert_close(after, x * STABILITY[solver.name](1.5 * (0.4 - 0.8)))
+
+
+QUADRATURE: dict[SolverName, Callable[[Callable[[float], float], float, float], float]] = {
+    "euler": lambda f, t, s: f(t),
+    "heun": lambda f, t, s: (f(t) + f(s)) / 2,
+    "midpoint": lambda f, t, s: f((t + s) / 2),
+    "rk4": lambda f, t, s: (f(t) + 4 * f((t + s) / 2) + f(s)) / 6,
+}
+
+
+@every_solver
+def test_one_step_of_a_field_of_time_is_the_rules_quadrature(solver: Solver) -> None:
+    x = torch.tensor([[2.0, -3.0]], dtype=torch.float64)
+    after = solver.step(
+        lambda x, t: torch.full_like(x, math.exp(t)), x, torch.full_like(x, math.exp(0.8)), 0.8, 0.5
+    )
+    average = QUADRATURE[solver.name](math.exp, 0.8, 0.5)
+    torch.testing.assert_close(after, x + (0.5 - 0.8) * average)
+
+
+def test_heuns_last_step_is_eulers() -> None:
+    x = torch.tensor([[2.0]], dtype=torch.float64)
+    after = SOLVERS["heun"].step(lambda x, t: x / t, x, 3 * x, 0.25, 0.0)
+    assert after.tolist() == [[2.0 - 0.25 * 6.0]]
+
+
+@every_solver
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_evaluations_are_counted(solver: Solver, steps: int) -> None:
+    for schedule in (uniform(steps), shifted(steps, 3.0), edm(steps)):
+        field = Counting(mixture((1,)))
+        integrate(field, torch.zeros(3, 1), schedule, solver)
+        assert len(field.asked) == nfe(solver, schedule)
+
+
+def test_evaluations_by_hand() -> None:
+    spent = {name: [nfe(solver, uniform(n)) for n in (1, 2, 18)] for name, solver in SOLVERS.items()}
+    assert spent["euler"] == [1, 2, 18]
+    assert spent["heun"] == [1, 3, 35]
+    assert spent["midpoint"] == [2, 4, 36]
+    assert spent["rk4"] == [4, 8, 72]
+
+
+@every_solver
+def test_steps_for_a_budget_undo_nfe(solver: Solver) -> None:
+    for steps in (1, 2, 3, 9):
+        assert steps_for(solver, nfe(solver, uniform(steps))) == steps
+
+
+@pytest.mark.parametrize(
+    "name, budget, advice",
+    [
+        ("euler", 0, "1 would do"),
+        ("euler", -7, "1 would do"),
+        ("heun", 0, "1 would do"),
+        ("heun", 2, "1 or 3 would do"),
+        ("heun", 8, "7 or 9 would do"),
+        ("midpoint", 1, "2 would do"),
+        ("midpoint", 3, "2 or 4 would do"),
+        ("rk4", 3, "4 would do"),
+        ("rk4", 6, "4 or 8 would do"),
+        ("rk4", 7, "4 or 8 would do"),
+    ],
+)
+def test_budgets_that_no_number_of_steps_meets_are_refused(
+    name: SolverName, budget: int, advice: str
+) -> None:
+    with pytest.raises(UsageError, match=f"solver {name} cannot make exactly {budget} .*: {advice}$"):
+        steps_for(SOLVERS[name], budget)
+
+
+@every_solver
+def test_the_field_is_asked_in_its_own_terms(solver: Solver) -> None:
+    """t is [B] in the state's dtype, from 1 down, within the step; labels are passed on."""
+    labels = torch.tensor([2, 0, 1])
+    field = Counting(mixture((2, 2)))
+    integrate(field, torch.zeros(3, 2, 2), uniform(3), solver, labels)
+    for x, t, given in field.asked:
+        assert x.shape == (3, 2, 2) and t.shape == (3,)
+        assert x.dtype == t.dtype == torch.float32
+        assert given is labels
+    times = [float(t[0]) for _, t, _ in field.asked]
+    assert times[0] == 1.0 and min(times) >= 0.0
+    assert times == sorted(times, reverse=True)
+
+
+@every_solver
+def test_labels_choose_the_flow(solver: Solver) -> None:
+    field, eps = mixture((2,)), noise(0, range(3), (2,)).double()
+    labels = torch.tensor([0, 1, 2])
+    found = integrate(field, eps, uniform(300), solver, labels)
+    torch.testing.assert_close(found, field.flow_map(eps, labels), rtol=0, atol=0.02)
+
+
+@every_solver
+@pytest.mark.parametrize(
+    "given, state",
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_the_state_is_float32_or_better(solver: Solver, given: torch.dtype, state: torch.dtype) -> None:
+    field = Counting(lambda x, t, labels: (x * t[:, None]).bfloat16())
+    end = integrate(field, torch.ones(2, 1, dtype=given), uniform(4), solver)
+    assert end.dtype == state
+    assert {x.dtype for x, _, _ in field.asked} == {state}
+
+
+@every_solver
+def test_each_knots_state_and_velocity_are_seen_once(solver: Solver) -> None:
+    field, schedule = mixture((2,)), Schedule((1.0, 0.8, 0.3, 0.0), "test")
+    eps = noise(0, range(4), (2,)).double()
+    seen: list[tuple[int, float, Tensor, Tensor]] = []
+    counting = Counting(field)
+    end = integrate(counting, eps, schedule, solver, on_step=lambda *knot: seen.append(knot))
+    assert len(counting.asked) == nfe(solver, schedule)
+    assert [(i, t) for i, t, _, _ in seen] == [(0, 1.0), (1, 0.8), (2, 0.3)]
+    assert torch.equal(seen[0][2], eps)
+    for _, t, x, v in seen:
+        torch.testing.assert_close(v, field(x, torch.full((4,), t, dtype=torch.float64)))
+    assert torch.equal(end, integrate(field, eps, schedule, solver))
+    assert not torch.equal(end, seen[-1][2])
+
+
+def reflowed_gaussian(mean: float, std: float) -> Callable[..., Tensor]:
+    """The optimum of a reflow on pairs x0 = mean + std eps: v = E[eps - x0 | x_t], eps known from x_t."""
+
+    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        t = t[:, None]
+        eps = (x - (1 - t) * mean) / ((1 - t) * std + t)
+        return eps - (mean + std * eps)
+
+    return field
+
+
+@every_solver
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_any_number_of_steps_is_exact_on_a_straight_flow(solver: Solver, steps: int) -> None:
+    eps = noise(0, range(50), (1,)).double()
+    velocities: list[Tensor] = []
+    end = integrate(
+        reflowed_gaussian(-0.4, 0.2),
+        eps,
+        uniform(steps),
+        solver,
+        on_step=lambda i, t, x, v: velocities.append(v),
+    )
+    torch.testing.assert_close(end, -0.4 + 0.2 * eps)
+    for v in velocities:  # straightness is zero: the velocity never changes along a path
+        torch.testing.assert_close(v, velocities[0])
+
+
+def test_one_euler_step_of_the_teacher_is_not_exact() -> None:
+    teacher = Mixture(torch.ones(1), torch.full((1, 1), -0.4), torch.full((1, 1), 0.2))
+    eps = noise(0, range(50), (1,)).double()
+    end = integrate(teacher, eps, uniform(1), SOLVERS["euler"])
+    # From noise that is independent of the data, one step can only reach the data's mean.
+    torch.testing.assert_close(end, torch.full_like(end, -0.4))
+
+
+@every_solver
+def test_gradients_flow_through(solver: Solver) -> None:
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    end = integrate(lambda x, t, labels: scale * x, x, uniform(1), solver)
+    (gradient,) = torch.autograd.grad(end.sum(), scale)
+    assert float(gradient) == pytest.approx(-1.0, abs=0.5)
+
+
+@every_solver
+def test_samples_do_not_see_each_other(solver: Solver) -> None:
+    field, eps = mixture((2,)), noise(0, range(6), (2,)).double()
+    whole = integrate(field, eps, uniform(3), solver)
+    torch.testing.assert_close(integrate(field, eps[4:5], uniform(3), solver), whole[4:5])
+
+
+@pytest.mark.parametrize("name", ["gaussian", "mixture3"])
+def test_boss_itself_arrives_at_the_same_samples(name: str) -> None:
+    """Its own field, Euler sampler and optimal schedules; its time runs from noise to data."""
+    fixture = load_file(FIXTURES / f"cost_{name}_K10.safetensors")
+    components = len(fixture["w"])
+    stds = fixture["sd"].reshape(-1, 1, 1, 1).expand(components, 1, 2, 2)
+    teacher = Mixture(fixture["w"], fixture["mu"].reshape(components, 1, 2, 2), stds)
+
+    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return teacher(x, 0.999 * t)  # its clock starts at 0.001 instead of 0
+
+    best = bellman(fixture["cost_matrix"].numpy())
+    for steps in (1, 2, 3, 4, 5, 6, 8, 10):
+        schedule = Schedule(tuple(1 - i / 10 for i in best.path(steps)), "boss")
+        found = integrate(field, fixture["z0"], schedule, SOLVERS["euler"])
+        torch.testing.assert_close(found, fixture[f"euler_out.nfe{steps}"], rtol=0, atol=1e-5)
