@@ -276,9 +276,7 @@ def layout(path: Path) -> Layout:
 
 
 def _header(metadata: object, path: Path) -> tuple[dict[str, Any], str | None]:
-    if not isinstance(metadata, dict) or not all(
-        isinstance(text, str) for text in metadata.values()
-    ):
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise corrupt(path, "not valid safetensors metadata (expected texts)")
     if _METADATA not in metadata:
         return {}, None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from flowdistill.errors import FlowdistillError, RecipeError
 
 if TYPE_CHECKING:
-    from flowdistill.stages import Stop
+    from flowdistill.work import Stop
 
 OUT_OF_RESOURCES = 5
 BROKEN_PIPE = 141
@@ -81,9 +81,10 @@ def guard(action: Callable[[], int], session: Session) -> int:
         code = action()
         sys.stdout.flush()
         return _interrupted(session) if session.signum and session.stop is None else code
-    except BrokenPipeError:
-        # The reader of our output has left, as in `| head`. Nothing more may be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output has left, as in `| head`; typer turns that into a SystemExit, and we raise
+        # none. Nothing more may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE
     except BaseException as error:
         if session.signum:
@@ -107,14 +108,17 @@ def describe(error: BaseException) -> tuple[str, int]:
     messages begin with `error: `.
     """
     if isinstance(error, RecipeError):
-        return error.message, error.exit_code
+        return str(error), error.exit_code
     if isinstance(error, FlowdistillError):
-        return f"error: {error.message}", error.exit_code
+        return f"error: {error}", error.exit_code
     if memory := _out_of_memory(error):
         return f"error: {memory}", OUT_OF_RESOURCES
     if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_ACCESS):
         place = f"{error.filename}: " if error.filename else ""
-        return f"error: {place}{error.strerror}; nothing is half-written, run the command again", OUT_OF_RESOURCES
+        return (
+            f"error: {place}{error.strerror}; nothing is half-written, run the command again",
+            OUT_OF_RESOURCES,
+        )
     kind, text = type(error).__name__, str(error).partition("\n")[0]
     return (
         f"error: a bug in flowdistill, {kind}: {text}\n"

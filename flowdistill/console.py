@@ -11,19 +11,24 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from flowdistill import artifact
-from flowdistill.pipeline import Advanced, Event, Finished, Started
-from flowdistill.stages import Progress
+from flowdistill import artifact, evaluation
+from flowdistill.boundary import tell
+from flowdistill.pipeline import Advanced, Event, Finished, Standing, Started
+from flowdistill.stages import verbs
+from flowdistill.work import Progress
 
 LINE_EVERY_SECONDS = 30.0
 """Where stderr is no terminal."""
 REDRAW_EVERY_SECONDS = 0.1
 _WIDTH_OF_FILES = 200
+_NAMED_AT_MOST = 4
+_LONG = 80
+"""Mappings that take more characters are printed over several lines."""
 
 
 # Progress -----------------------------------------------------------------------------------------------
@@ -35,34 +40,54 @@ def progress(quiet: bool) -> Iterator[Callable[[Event], None]]:
     if quiet:
         yield lambda event: None
     elif sys.stderr.isatty():
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[pace]}"))
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[pace]}"),
+        )
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             yield _Bars(bar)
     else:
         yield _Lines()
 
 
+def reporter(what: str, show: Callable[[Event], None]) -> Callable[[Progress], None]:
+    """Shows work that is no stage as if it were one."""
+    show(Started(what, what))
+    return lambda progress: show(Advanced(what, progress))
+
+
 class Pace:
     """Rate and remaining time of one stage, from what it did since it began in this process."""
 
     def __init__(self) -> None:
-        self.began = time.monotonic()
+        self._began = self._shown = time.monotonic()
         self._first: tuple[float, int] | None = None
+
+    def due(self, now: Progress, seconds: float) -> bool:
+        """Note how far the stage is, and say whether it is time to show that again."""
+        moment = time.monotonic()
+        self._first = self._first or (moment, now.done)
+        if moment - self._shown < seconds:
+            return False
+        self._shown = moment
+        return True
 
     def line(self, now: Progress) -> str:
         """`120 of 300 steps, 3.1/s, 0:58 left, loss 0.0812, 0.9 GB`."""
-        moment = time.monotonic()
-        since, done_before = self._first = self._first or (moment, now.done)
+        since, done_before = self._first or (self._began, 0)
+        seconds, done = time.monotonic() - since, now.done - done_before
         parts = [f"{now.done} of {now.total} {now.unit}s"]
-        if moment > since and now.done > done_before:
-            rate = (now.done - done_before) / (moment - since)
-            parts += [f"{number(rate)}/s", f"{clock((now.total - now.done) / rate)} left"]
+        if seconds > 0 and done > 0:
+            parts += [f"{number(done / seconds)}/s", f"{clock((now.total - now.done) * seconds / done)} left"]
         parts += [f"{name} {number(value)}" for name, value in now.figures.items()]
         return ", ".join([*parts, f"{_peak_memory_gb():.1f} GB"])
 
-    def took(self) -> str:
-        """Time since the stage began."""
-        return clock(time.monotonic() - self.began)
+    def ending(self, event: Finished) -> str:
+        """`reflow: done in 1:36, runs/quickstart/reflow`."""
+        took = f"done in {clock(time.monotonic() - self._began)}"
+        return f"{event.stage}: {'was done before' if event.skipped else took}, {event.folder}"
 
 
 class _Bars:
@@ -70,28 +95,23 @@ class _Bars:
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._task: TaskID | None = None
         self._pace = Pace()
-        self._drawn = 0.0
+        self._task = bar.add_task("loading", total=None, pace="")
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._pace, self._drawn = Pace(), 0.0
+                self._pace = Pace()
+                self._bar.remove_task(self._task)
                 self._task = self._bar.add_task(event.stage, total=None, pace="starts")
-            case Advanced():
-                self._advance(event.progress)
+            case Advanced(progress=now):
+                if self._pace.due(now, REDRAW_EVERY_SECONDS):
+                    line = self._pace.line(now)
+                    self._bar.update(self._task, total=now.total, completed=now.done, pace=line)
             case Finished():
-                if self._task is not None:
-                    self._bar.remove_task(self._task)
-                    self._task = None
-                self._bar.console.print(_ending(event, self._pace), markup=False, highlight=False, soft_wrap=True)
-
-    def _advance(self, now: Progress) -> None:
-        text = self._pace.line(now)
-        if self._task is not None and time.monotonic() - self._drawn >= REDRAW_EVERY_SECONDS:
-            self._drawn = time.monotonic()
-            self._bar.update(self._task, total=now.total, completed=now.done, pace=text)
+                self._bar.update(self._task, visible=False)
+                line = self._pace.ending(event)
+                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Lines:
@@ -99,25 +119,17 @@ class _Lines:
 
     def __init__(self) -> None:
         self._pace = Pace()
-        self._printed = 0.0
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._pace, self._printed = Pace(), time.monotonic()
-                _tell(f"{event.stage}: starts")
-            case Advanced():
-                text = self._pace.line(event.progress)
-                if time.monotonic() - self._printed >= LINE_EVERY_SECONDS:
-                    self._printed = time.monotonic()
-                    _tell(f"{event.stage}: {text}")
+                self._pace = Pace()
+                tell(f"{event.stage}: starts")
+            case Advanced(progress=now):
+                if self._pace.due(now, LINE_EVERY_SECONDS):
+                    tell(f"{event.stage}: {self._pace.line(now)}")
             case Finished():
-                _tell(_ending(event, self._pace))
-
-
-def _ending(event: Finished, pace: Pace) -> str:
-    how = "was done before" if event.skipped else f"done in {pace.took()}"
-    return f"{event.stage}: {how}, {event.folder}"
+                tell(self._pace.ending(event))
 
 
 def _peak_memory_gb() -> float:
@@ -129,11 +141,6 @@ def _peak_memory_gb() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 # Results ------------------------------------------------------------------------------------------------
@@ -154,22 +161,38 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def facts(content: Mapping[str, Any]) -> None:
-    """Print what is known as `name  value` lines on stdout, the names in one column."""
+def lines(*texts: object) -> None:
+    """Print the first text on stdout and the others below it, indented."""
+    typer.echo("\n  ".join(map(str, texts)))
+
+
+def facts(title: str, content: Mapping[str, Any]) -> None:
+    """Print what is known as `name  value` lines below a title, the names in one column."""
+    lines(title, *_facts(content))
+
+
+def _facts(content: Mapping[str, Any]) -> Iterator[str]:
     width = max(map(len, content), default=0)
     for name, value in content.items():
-        typer.echo(f"  {name:{width}}  {inline(value)}")
+        text = inline(value)
+        if isinstance(value, Mapping) and len(text) > _LONG:
+            yield name
+            yield from (f"  {line}" for line in _facts(value))
+        else:
+            yield f"{name:{width}}  {text}"
 
 
 def inline(value: Any) -> str:
     """A JSON value on one line, without the noise of JSON."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_inner(each)}" for key, each in value.items()) or "none"
+        return ", ".join(f"{key}={_inner(each)}" for key, each in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(_inner, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return number(value)
-    return {None: "none", True: "yes", False: "no"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    return "none" if value is None or value == "" else str(value)
 
 
 def _inner(value: Any) -> str:
@@ -197,30 +220,58 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def results(finished: Finished, kind: str) -> None:
-    """Print what a stage found: its schedules, its evaluation, or its figures."""
-    if kind == "schedule":
-        _schedules(finished)
-    elif kind == "evaluation":
-        evaluation(finished)
-    else:
-        typer.echo(f"{finished.stage}: {finished.folder}")
-        facts(finished.manifest.figures)
+def status(standings: Iterable[Standing]) -> None:
+    """Print how the stages stand, and why those that are stale are."""
+    found = list(standings)
+    table(("stage", "verb", "state", "inputs"), [(s.stage, s.verb, s.state, inline(s.inputs)) for s in found])
+    for each in found:
+        for reason in (*each.conflicts, *each.waits):
+            typer.echo(f"{each.stage}: {reason}")
+
+
+def results(finished: Sequence[Finished], whole: bool) -> None:
+    """Print what the last stage found or, of a `whole` recipe, every evaluation; and where it all is."""
+    for each in finished if whole else finished[-1:]:
+        kind = verbs()[each.verb].produces
+        if kind == "evaluation":
+            _evaluation(each)
+        elif not whole:
+            _schedules(each) if kind == "schedule" else facts(each.stage, each.manifest.figures)
+    typer.echo()
+    for each in finished if whole else finished[-1:]:
+        typer.echo(f"{each.folder}/ {_listed(list(each.manifest.outputs))}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(names[:_NAMED_AT_MOST]) + more
+
+
+def _evaluation(finished: Finished) -> None:
+    rows = evaluation.table(artifact.load_json(finished.folder / "eval.json"))
+    headings = [name for name in rows[0] if any(row[name] for row in rows)]
+    table(headings, [[row[name] for name in headings] for row in rows])
 
 
 def _schedules(finished: Finished) -> None:
     names = [name for name in finished.manifest.outputs if name.startswith("schedule-")]
     found = [artifact.load_json(finished.folder / name) for name in names]
-    headings = ("NFE", "local cost", "uniform", "endpoint error", "uniform", "BOSS against uniform")
-    table(headings, ([
-        str(each["nfe"]),
-        number(each["local_cost"]["boss"]),
-        number(each["local_cost"]["uniform"]),
-        interval(each["held_out"]["boss"]),
-        interval(each["held_out"]["uniform"]),
-        each["held_out"]["verdict"],
-    ] for each in found))
-    for name, each in zip(names, found, strict=True):
-        typer.echo(f"\n{finished.folder / name}")
-        typer.echo(f"  times   {' '.join(f'{t:.4g}' for t in each['times'])}")
-        typer.echo(f"  sigmas  {' '.join(f'{sigma:.4g}' for sigma in each['sigmas'])}")
+    headings = ("NFE", "local cost", "uniform", "endpoint error", "uniform", "against uniform steps")
+    rows = [
+        (
+            str(each["nfe"]),
+            number(each["local_cost"]["boss"]),
+            number(each["local_cost"]["uniform"]),
+            interval(each["held_out"]["boss"]),
+            interval(each["held_out"]["uniform"]),
+            each["held_out"]["verdict"],
+        )
+        for each in found
+    ]
+    table(headings, rows)
+    typer.echo()
+    for each in found:
+        facts(
+            f"{each['nfe']} steps",
+            {key: " ".join(f"{t:.4g}" for t in each[key]) for key in ("times", "sigmas")},
+        )

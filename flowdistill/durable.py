@@ -108,7 +108,8 @@ def lock(folder: Path) -> Iterator[None]:
         _acquire(file, path)
         yield
     finally:
-        os.close(file)
+        with suppress(OSError):  # the lock is gone even where closing reports an error
+            os.close(file)
 
 
 def _acquire(file: int, path: Path) -> None:

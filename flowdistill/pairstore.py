@@ -154,9 +154,7 @@ class PairWriter:
         """Numbers of the shards that are still to be made."""
         return [number for number in range(self.spec.shards) if number not in self._committed]
 
-    def commit(
-        self, shard: int, x0: Tensor, labels: Tensor | None = None, eps: Tensor | None = None
-    ) -> None:
+    def commit(self, shard: int, x0: Tensor, labels: Tensor | None = None, eps: Tensor | None = None) -> None:
         """Store the pairs `spec.indices(shard)`: x0 [B, *shape], labels [B], eps [B, *shape].
 
         When this returns, the shard survives a power cut; when it raises, all that were committed
@@ -175,9 +173,7 @@ class PairWriter:
         path = shard_path(self.folder, shard)
         sha = artifact.save_tensors(path, tensors, header)
         entry = _Committed(shard, indices.start, len(indices), os.stat(path).st_size, sha)
-        self._journal_bytes = artifact.append(
-            self.folder / JOURNAL, entry.line(), at=self._journal_bytes
-        )
+        self._journal_bytes = artifact.append(self.folder / JOURNAL, entry.line(), at=self._journal_bytes)
         self._committed[shard] = entry
         self._put_journal_in_order()
 
@@ -284,9 +280,9 @@ class PairStore:
                 raise artifact.corrupt(path, "its size changed after it was checked")
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return {
-            name: np.frombuffer(
-                memory, _NUMPY[entry.dtype], math.prod(entry.shape), entry.start
-            ).reshape(entry.shape)
+            name: np.frombuffer(memory, _NUMPY[entry.dtype], math.prod(entry.shape), entry.start).reshape(
+                entry.shape
+            )
             for name, entry in self._layouts[shard].items()
         }
 
@@ -353,9 +349,7 @@ def _read_spec(folder: Path) -> PairSpec:
         return PairSpec.model_validate(content.get("spec"))
     except ValidationError as error:
         first = error.errors()[0]
-        raise artifact.corrupt(
-            path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from None
+        raise artifact.corrupt(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _read_journal(folder: Path, spec: PairSpec) -> tuple[dict[int, _Committed], int]:

@@ -56,7 +56,9 @@ def labelled_rows(rows: Sequence[tuple[str, Tensor]]) -> bytes:
 
 
 def _sheet(samples: Tensor, columns: int, extent: float) -> Image.Image:
-    if not drawable(samples.shape[1:]) or not len(samples):
+    if not len(samples):
+        raise UsageError("there are no samples to draw")
+    if not drawable(samples.shape[1:]):
         raise UsageError(
             f"samples of shape {tuple(samples.shape[1:])} cannot be drawn: "
             "expected images [C, H, W] of 1 or 3 channels, or points in the plane"

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from flowdistill import artifact, teachers
 from flowdistill.errors import MissingInput, UsageError, unknown
 from flowdistill.recipe import Recipe
-from flowdistill.stages import Progress, Stage, Stop, Work
+from flowdistill.stages import Stage
+from flowdistill.work import Progress, Stop, Work
 
 STARTED = "started.json"
 TEACHER = "teacher"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
@@ -383,4 +383,17 @@ def json_schema(verbs: Mapping[str, type[StageSettings]]) -> dict[str, Any]:
         "minProperties": 1,
         "maxProperties": 1,
     }
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **head, "$defs": definitions}
+    schema = {**head, "$defs": definitions}
+    for choice in list(_choices(schema)):
+        chosen = definitions[choice.rpartition("/")[2]]
+        chosen["required"] = sorted({"name", *chosen.get("required", ())})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _choices(schema: Any) -> Iterator[str]:
+    """The members of all unions: each has a default name, but without one no member is chosen."""
+    if isinstance(schema, dict):
+        yield from schema.get("discriminator", {}).get("mapping", {}).values()
+    for inner in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(inner, dict | list):
+            yield from _choices(inner)

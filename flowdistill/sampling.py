@@ -15,7 +15,7 @@ from flowdistill import artifact
 from flowdistill.errors import ArtifactError, UsageError, unknown
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, Solver, integrate, nfe, steps_for
-from flowdistill.stages import Progress
+from flowdistill.work import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,9 @@ def scheduled(path: Path, model: Model, solver: str | None, evaluations: int | N
         rule = Rule(find_solver(content["solver"]), Schedule(tuple(map(float, content["times"])), path.name))
         made_for = str(content["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a schedule, expected a file that `flowdistill boss` wrote") from error
+        raise ArtifactError(
+            f"{path}: not a schedule, expected a file that `flowdistill boss` wrote"
+        ) from error
     if made_for != model.digest and not force:
         raise ArtifactError(
             f"{path}: made for another model ({made_for[:12]}…, this one is {model.digest[:12]}…)\n"

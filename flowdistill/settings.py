@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from flowdistill.errors import Problem, did_you_mean, listed, nearest, unknown
+from flowdistill.errors import Problem, bare, did_you_mean, listed, nearest, unknown
 from flowdistill.yaml_nodes import Node, join, scalar
 
 M = TypeVar("M", bound=BaseModel)
@@ -213,7 +213,8 @@ def _message(refusals: list[_Fault]) -> str:
         return unknown(fault.noun, value, re.findall(r"'([^']*)'", context["expected"]))
     expected = " or ".join(dict.fromkeys(map(_expected, refusals)))
     fix = _fix(fault) if len(refusals) == 1 else ""
-    return f"expected {expected}, found {fault.node.shown()}{fix and f'; write {fix}'}"
+    hint = f"; write {fix}" if fix and bare(fix) == fix else ""
+    return f"expected {expected}, found {fault.node.shown()}{hint}"
 
 
 def _expected(fault: _Fault) -> str:

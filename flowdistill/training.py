@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from flowdistill import artifact, randomness
 from flowdistill.errors import Diverged, UsageError
-from flowdistill.stages import Done, Progress
 from flowdistill.teachers import Model
+from flowdistill.work import Done, Progress
 
 if TYPE_CHECKING:
     from flowdistill.data import Dataset
     from flowdistill.objectives import Distance
     from flowdistill.pairstore import PairStore
-    from flowdistill.stages import Ema, Optimizer, Training, Work
+    from flowdistill.stages import Ema, Optimizer, Training
+    from flowdistill.work import Work
 
 CHECKPOINT = "checkpoints/last.safetensors"
 LOG = "log.jsonl"
@@ -167,14 +168,27 @@ class State:
         self.network.load_state_dict(groups["network"])
         for name, value in groups["average"].items():
             self.average[name].copy_(value)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in groups["optimizer"].items():
-            index, _, moment = name.partition(".")
-            moments.setdefault(int(index), {})[moment] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.optimizer.load_state_dict(
+            self.optimizer.state_dict() | {"state": self._moments(groups["optimizer"])}
+        )
         self.step = header["step"]
         self.window = Window(header["window"])
         return dict(header["scaler"])
+
+
+    def _moments(self, named: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """The optimizer's state by parameter, each moment laid out in memory as its parameter is.
+
+        Fused kernels walk parameter and moments in the order of memory and would pair the wrong entries.
+        """
+        parameters = list(self.network.parameters())
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in named.items():
+            index, _, moment = name.partition(".")
+            like = parameters[int(index)]
+            alike = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            moments.setdefault(int(index), {})[moment] = alike
+        return moments
 
 
 @dataclass
@@ -190,7 +204,7 @@ class Window:
     def take(self) -> dict[str, float]:
         """Means so far; starts a new window."""
         count = self.sums.pop("count")
-        means = {name: total / count for name, total in self.sums.items()}
+        means = {name: total / count for name, total in sorted(self.sums.items())}
         self.sums = {}
         return means
 

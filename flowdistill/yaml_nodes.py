@@ -36,7 +36,8 @@ Scalar = None | bool | int | float | str
 # libyaml's parser is many times faster; the pure one differs in the words of its errors only.
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-_NOT_TEXT = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What YAML forbids, and the byte order mark and the line ends that few editors know.
+_NOT_TEXT = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 _WORDS: dict[str, Scalar] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
@@ -197,7 +198,7 @@ class _Reader:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             self._note(event, f"tag {quoted(tag)} is not supported; remove it")
         if isinstance(event, ScalarEvent) and (odd := _NOT_TEXT.search(event.value)):
-            self._note(event, f"control character {odd[0]!r} is not allowed")
+            self._stop(event, f"control character {odd[0]!r} is not allowed")
 
     def _add(self, event: NodeEvent) -> None:
         parent = self._stack[-1] if self._stack else None

@@ -87,8 +87,8 @@ def measure(network: nn.Module, data: Dataset, count: int) -> tuple[Tensor, Tens
     assert isinstance(network, Classifier)
     device = next(network.parameters()).device
     features, hits = [], []
-    for indices in torch.arange(count).split(_BATCH):
-        x, labels = data.batch(indices)
+    for start in range(0, count, _BATCH):
+        x, labels = data.batch(torch.arange(start, min(start + _BATCH, count)))
         found, classes = _read(network, x.to(device))
         features.append(found)
         hits.append(classes == labels)

@@ -69,7 +69,8 @@ class Reference:
     def root(self) -> Tensor:
         """S^(1/2) [D, D]."""
         values, vectors = torch.linalg.eigh(self.covariance.double())
-        return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+        root: Tensor = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+        return root
 
     def distance(self, mean: Tensor, covariance: Tensor) -> float:
         """Fréchet distance to the Gaussian with this mean [D] and covariance [D, D]."""
@@ -169,7 +170,9 @@ def accuracy(predicted: Tensor, labels: Tensor) -> Estimate:
     denominator = 1 + _Z**2 / n
     centre = (share + _Z**2 / (2 * n)) / denominator
     reach = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / denominator
-    return Estimate(share, max(0.0, centre - reach), min(1.0, centre + reach), n, "Wilson")
+    # At shares of 0 and 1 an end is the share itself, but for rounding.
+    low, high = max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))
+    return Estimate(share, low, high, n, "Wilson")
 
 
 def _bca(values: Tensor, seed: int) -> tuple[float, float]:

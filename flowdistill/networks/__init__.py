@@ -26,7 +26,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """A new network with random weights.
 
     Raises `UsageError` for an unknown architecture and `ArtifactError` for arguments that its
-    constructor does not take, lacks or refuses.
+    constructor does not take or refuses.
     """
     if architecture not in architectures():
         raise UsageError(unknown("architecture", architecture, architectures()))
@@ -35,9 +35,6 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     for name in arguments:
         if name not in parameters:
             raise ArtifactError(unknown(f"{architecture} argument", name, tuple(parameters)))
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
-    if missing:
-        raise ArtifactError(f"{architecture}: missing argument {', '.join(missing)}")
     try:
         return constructor(**arguments)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:

@@ -10,35 +10,21 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from flowdistill.errors import Interrupted
 from flowdistill.recipe import Settings, StageSettings
+from flowdistill.work import Done, Figures, Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flowdistill.objectives import Distance
-    from flowdistill.pairstore import PairStore
     from flowdistill.teachers import Model
     from flowdistill.training import Batch, Source
-
-Figures = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a stage made: its files, relative to the folder, what was measured, the type it computed in."""
-
-    outputs: Sequence[str]
-    figures: Figures
-    dtype: str = "float32"
 
 
 class Stage(StageSettings):
@@ -89,7 +75,7 @@ class Ema(Settings):
     decay: float = Field(0.9999, ge=0, lt=1)
     ramp: bool = Field(
         True,
-        description="min(decay, (1+n)/(10+n)) at update n, as score_sde and SlimFlow; false is rf++'s constant",
+        description="min(decay, (1+n)/(10+n)) at update n, as in SlimFlow; false is rf++'s constant",
     )
 
     def decay_at(self, update: int) -> float:
@@ -140,64 +126,6 @@ class Training(Stage):
         from flowdistill.training import fit
 
         return fit(self, work)
-
-
-class Stop:
-    """Set by the first SIGINT or SIGTERM; long work asks at points where its state is whole."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-
-    def check(self) -> None:
-        """Raise `Interrupted` if a signal has arrived. Call it only when everything is saved."""
-        if self.signum:
-            raise Interrupted(self.signum)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage is: `done` of `total` `unit`s, with figures worth a glance."""
-
-    done: int
-    total: int
-    unit: str
-    figures: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage is given to run: its folder, its opened inputs, the seed, the device."""
-
-    stage: str
-    folder: Path
-    seed: int
-    device: str
-    inputs: Mapping[str, Any]
-    """Reference field -> location, or list of (name, location): what the recipe's references resolved to."""
-    parents: Mapping[str, str]
-    """Input name -> digest, for the cards of what this stage makes."""
-    settings: Mapping[str, Any]
-    """The stage's resolved section of the recipe."""
-    report: Callable[[Progress], None]
-    stop: Stop
-
-    def model(self, reference: str = "model") -> Model:
-        """Open the model that the field `reference` names."""
-        from flowdistill.teachers import open_model
-
-        return open_model(self.inputs[reference], self.device)
-
-    def models(self, reference: str = "models") -> dict[str, Model]:
-        """Open the models of a field that lists several, by the names the recipe gave."""
-        from flowdistill.teachers import open_model
-
-        return {name: open_model(location, self.device) for name, location in self.inputs[reference]}
-
-    def pairs(self, reference: str = "pairs") -> PairStore:
-        """Open the pairs that the field `reference` names."""
-        from flowdistill.pairstore import PairStore
-
-        return PairStore.open(self.inputs[reference])
 
 
 @cache

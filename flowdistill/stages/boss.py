@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from flowdistill.recipe import Reference
 from flowdistill.schedule import Schedule, bellman, local_cost, uniform
 from flowdistill.solvers import SOLVERS, integrate, nfe
-from flowdistill.stages import Done, Progress, Stage, Work
+from flowdistill.stages import Stage
+from flowdistill.work import Done, Progress, Work
 
 if TYPE_CHECKING:
     import numpy as np

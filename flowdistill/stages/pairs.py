@@ -14,7 +14,8 @@ from pydantic import Field
 from flowdistill import schedule
 from flowdistill.recipe import Reference
 from flowdistill.solvers import SOLVERS, SolverName, integrate, nfe
-from flowdistill.stages import Done, Progress, Stage, Work
+from flowdistill.stages import Stage
+from flowdistill.work import Done, Progress, Work
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,8 @@ from pydantic import Field
 from flowdistill.architectures import Architecture, arguments
 from flowdistill.objectives import Loss, LpipsHuber, Timesteps, UShaped
 from flowdistill.recipe import Reference
-from flowdistill.stages import Training, Work
+from flowdistill.stages import Training
+from flowdistill.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,7 +15,8 @@ from pydantic import Field
 from flowdistill.architectures import Architecture, UNet, arguments
 from flowdistill.objectives import SquaredL2, Timesteps, Uniform, wcfm_weight
 from flowdistill.recipe import Settings
-from flowdistill.stages import Figures, Training, Work
+from flowdistill.stages import Training
+from flowdistill.work import Figures, Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

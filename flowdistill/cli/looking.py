@@ -1,0 +1,228 @@
+"""Commands that look: at recipes, at artifacts, at the machine. None of them changes what it looks at."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flowdistill.cli import options
+from flowdistill.cli.options import Json, Out, Overrides, Recipe, Seed, Shipped, Verbose
+from flowdistill.errors import ArtifactError, UsageError
+
+
+def status(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say which stages of a recipe are done, stale (and why) or missing.
+
+    Reads the recipe and the manifests of its stages; writes nothing.
+
+    \b
+    Examples:
+      flowdistill status quickstart
+      flowdistill status recipe.yaml -s reflow.steps=500
+    """
+    from flowdistill import console
+
+    pipeline = options.open_recipe(recipe, overrides, seed, out)
+    standings = pipeline.status()
+    if as_json:
+        stages = [
+            {
+                "stage": each.stage,
+                "verb": each.verb,
+                "state": each.state,
+                "folder": str(each.folder),
+                "inputs": dict(each.inputs),
+                "reasons": [*each.conflicts, *each.waits],
+            }
+            for each in standings
+        ]
+        options.print_json({"recipe": str(pipeline.recipe.path), "out": str(pipeline.out), "stages": stages})
+    else:
+        console.status(standings)
+
+
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="a file or folder, or builtin:NAME", show_default=False)
+    ],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a file or folder is, and where it came from.
+
+    Reads models, pairs, schedules, evaluations, samples, checkpoints, recipes, and folders of stages and
+    runs; does not check their contents (see `flowdistill verify`) and writes nothing.
+
+    \b
+    Examples:
+      flowdistill inspect builtin:shapes
+      flowdistill inspect runs/quickstart/reflow
+    """
+    from flowdistill import console, inspection
+
+    found = inspection.describe(path)
+    if as_json:
+        options.print_json({"path": str(found.path), "kind": found.kind, **found.facts})
+    else:
+        console.facts(f"{found.path}: {found.kind}", found.facts)
+
+
+def verify(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="a file, or a folder of a stage or run", show_default=False)
+    ],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check that an artifact is what its maker wrote, byte for byte.
+
+    Reads all files of a stage, of every stage of a run, or one file, and compares their SHA-256; writes
+    nothing.
+
+    \b
+    Examples:
+      flowdistill verify runs/quickstart
+      flowdistill verify runs/quickstart/reflow/model.safetensors
+    """
+    from flowdistill import console, inspection
+
+    files, problems = inspection.verify(path)
+    if as_json:
+        options.print_json({"path": str(path), "files": files, "problems": problems})
+    if problems:
+        raise ArtifactError("\n".join(problems))
+    if not as_json:
+        console.lines(f"{path}: {files} {'file' if files == 1 else 'files'}, as written")
+
+
+def validate(
+    recipe: Recipe, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Check a recipe without running it.
+
+    Reads the recipe and reports all mistakes in it at once, each with line, column and the nearest right key;
+    writes nothing.
+
+    \b
+    Examples:
+      flowdistill validate quickstart
+      flowdistill validate recipe.yaml -s reflow.steps=500
+    """
+    from flowdistill import console, inspection
+
+    facts = inspection.recipe_facts(options.open_recipe(recipe, overrides).recipe)
+    if as_json:
+        options.print_json({"recipe": recipe, **facts})
+    else:
+        console.facts(f"{recipe}: no mistakes", facts)
+
+
+def schema(verbose: Verbose = False) -> None:
+    """Print the JSON Schema of recipes, for editors.
+
+    Reads nothing; writes to stdout.
+
+    \b
+    Examples:
+      flowdistill schema > recipe.schema.json
+      flowdistill schema | grep description
+    """
+    from flowdistill import recipe, stages
+
+    options.print_json(recipe.json_schema(stages.verbs()))
+
+
+def doctor(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where results are to go")] = Path("runs"),
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say whether this machine is ready: versions, devices, disk, teachers, optional packages.
+
+    Reads what is installed and cached; writes one empty file where results are to go, and removes it.
+
+    \b
+    Examples:
+      flowdistill doctor
+      flowdistill doctor --out runs --json
+    """
+    from flowdistill import console, examination
+
+    findings = examination.examine(out)
+    if as_json:
+        options.print_json([asdict(finding) for finding in findings])
+    else:
+        rows = [(each.what, each.state, each.found) for each in findings]
+        console.table(("what", "state", "found"), rows)
+    examination.conclude(findings)
+
+
+def ls(as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the recipes that ship; their names stand wherever a command takes RECIPE.
+
+    Reads the first line of each; writes nothing.
+
+    \b
+    Examples:
+      flowdistill recipes ls
+      flowdistill recipes ls --json
+    """
+    from flowdistill import console
+
+    found: list[dict[str, Any]] = [
+        {"name": name, "about": path.read_text("utf-8").partition("\n")[0].lstrip("# "), "path": str(path)}
+        for name, path in options.shipped().items()
+    ]
+    if as_json:
+        options.print_json(found)
+    else:
+        console.table(("name", "about"), [(each["name"], each["about"]) for each in found])
+
+
+def show(name: Shipped, verbose: Verbose = False) -> None:
+    """Print a recipe that ships.
+
+    Reads the recipe; writes to stdout.
+
+    \b
+    Examples:
+      flowdistill recipes show quickstart
+      flowdistill recipes show ring > my.yaml
+    """
+    typer.echo(options.shipped_recipe(name).read_text("utf-8"), nl=False)
+
+
+def copy(
+    name: Shipped,
+    destination: Annotated[
+        Path, typer.Argument(metavar="DEST", help="a new file, or a folder to put it in", show_default=False)
+    ],
+    verbose: Verbose = False,
+) -> None:
+    """Copy a recipe that ships, to change it.
+
+    Reads the recipe; writes DEST or, where that is a folder, the recipe's name in it. Never overwrites.
+
+    \b
+    Examples:
+      flowdistill recipes copy quickstart my.yaml
+      flowdistill recipes copy ring .
+    """
+    from flowdistill.durable import atomic_write
+
+    source = options.shipped_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise UsageError(f"{target}: exists, and is not overwritten; choose another name")
+    atomic_write(target, source.read_bytes())
+    typer.echo(str(target))

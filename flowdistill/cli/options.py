@@ -1,0 +1,130 @@
+"""Arguments and options that commands share, and what they come to: an opened recipe, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flowdistill.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from flowdistill.pipeline import Pipeline
+
+RECIPE_HELP = "a recipe's file, or the name of one that ships (flowdistill recipes ls)"
+MODEL_HELP = "builtin:NAME, analytic:NAME, a model.safetensors or the folder of a stage that made one"
+
+
+def _be_verbose(context: typer.Context, value: bool) -> bool:
+    if value:
+        context.obj.verbose = True
+        warnings.simplefilter("default")
+    return value
+
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP, show_default=False)]
+Shipped = Annotated[
+    str, typer.Argument(metavar="NAME", help="as `flowdistill recipes ls` has it", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-s", metavar="KEY=VALUE", help="set a key of the recipe, like reflow.steps=500; repeatable"
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder of the results")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="in place of the recipe's seed")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="make anew what is stale or asked for; the old is kept beside it")
+]
+StageName = Annotated[
+    str | None, typer.Option("--stage", metavar="NAME", help="which stage, where several have this verb")
+]
+Only = Annotated[bool, typer.Option("--only", help="fail where an input is not done, instead of making it")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, all else on stderr")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="show no progress")]
+Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", callback=_be_verbose, help="show warnings, and tracebacks of errors"),
+]
+
+
+def open_recipe(
+    name: str, overrides: Sequence[str] | None = None, seed: int | None = None, out: Path | None = None
+) -> Pipeline:
+    """The recipe of this file or, where there is no such file, of this name."""
+    from flowdistill import recipe, stages
+    from flowdistill.pipeline import Pipeline
+
+    return Pipeline(recipe.load(_recipe_file(name), stages.verbs(), _all(overrides, seed), out))
+
+
+def without_recipe(
+    verb: str,
+    settings: dict[str, Any],
+    model: str,
+    label: str,
+    overrides: Sequence[str] | None,
+    seed: int | None,
+    out: Path | None,
+) -> Pipeline:
+    """The recipe that nobody had to write: one stage, on one model; `label` tells its results from others."""
+    from flowdistill import recipe, stages, teachers
+    from flowdistill.pipeline import Pipeline
+
+    teachers.identify(model)
+    content = {"teacher": model, "stages": [{verb: settings}]}
+    slug = re.sub("[^a-z0-9]+", "-", f"{model.lower()}{label}")[-60:].strip("-")
+    folder = out or Path("runs", verb, slug)
+    data = json.dumps(content).encode()
+    return Pipeline(recipe.parse(data, Path(f"<{verb}>"), stages.verbs(), _all(overrides, seed), folder))
+
+
+def _all(overrides: Sequence[str] | None, seed: int | None) -> list[str]:
+    return [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+
+
+def _recipe_file(name: str) -> Path:
+    """A file comes before a shipped recipe of the same name; what is neither is left for `load` to refuse."""
+    if os.path.isfile(name):
+        return Path(name)
+    if name in shipped():
+        return shipped()[name]
+    if not os.path.exists(name) and not name.endswith((".yaml", ".yml")):
+        raise UsageError(f"{unknown('recipe', name, shipped())}; a recipe of your own ends in .yaml")
+    return Path(name)
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of the recipes that ship: with an installed package, or in the repository around it."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    folder = inside if inside.is_dir() else package.parent / "recipes"
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.relative_to(folder).parts), file))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of one of them."""
+    if name not in shipped():
+        raise UsageError(unknown("recipe", name, shipped()))
+    return shipped()[name]
+
+
+def is_model(reference: str) -> bool:
+    """Whether an argument that may be a recipe or a model is a model."""
+    if re.match("builtin$|[a-z]+:", reference) or reference.endswith(".safetensors"):
+        return True
+    return Path(reference).is_dir()
+
+
+def print_json(document: Any) -> None:
+    """The result, for machines."""
+    typer.echo(json.dumps(document, indent=2))

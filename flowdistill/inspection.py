@@ -1,0 +1,156 @@
+"""What a file or folder is, where it came from, and whether it is whole.
+
+Kinds are told by what a file says of itself, not by its name. Nothing here imports torch, apart from checking
+a lone tensor file byte by byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowdistill import artifact, teachers
+from flowdistill.errors import ArtifactError, MissingInput
+from flowdistill.pipeline import STARTED
+from flowdistill.recipe import Recipe, load
+from flowdistill.stages import Stage, verbs
+
+
+@dataclass(frozen=True)
+class Description:
+    """What something is, in a few words, and its facts in JSON types."""
+
+    path: Path
+    kind: str
+    facts: dict[str, Any]
+
+
+def describe(reference: str) -> Description:
+    """What a path, or `builtin:NAME`, is.
+
+    Raises `MissingInput` where there is nothing, `ArtifactError` for what flowdistill does not read.
+    """
+    path = teachers.locate(reference) if reference.split(":")[0] == "builtin" else Path(reference)
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        raise MissingInput(f"{path}: no such file or folder")
+    if path.suffix in (".yaml", ".yml"):
+        return Description(path, "recipe", recipe_facts(load(path, verbs())))
+    return _json(path) if path.suffix == ".json" else _tensors(path)
+
+
+def recipe_facts(recipe: Recipe[Stage]) -> dict[str, Any]:
+    """Seed, folder, teacher, and each stage with what its references lead to."""
+    if any("teacher" in _flat(fields) for fields in recipe.references.values()):
+        teachers.identify(recipe.teacher)
+    stages = {
+        stage.name: {
+            "verb": stage.verb,
+            **{key: value for key, value in recipe.references[stage.name].items() if value},
+        }
+        for stage in recipe.stages
+    }
+    return {"seed": recipe.seed, "out": str(recipe.out), "teacher": recipe.teacher, "stages": stages}
+
+
+def verify(path: Path) -> tuple[int, list[str]]:
+    """How many files were checked against their SHA-256, and what is wrong with them, one line each."""
+    if path.is_dir():
+        manifests = _manifests(path)
+        problems = [line for folder, manifest in manifests.items() for line in manifest.verify(folder)]
+        # The manifests themselves were checked when they were read.
+        return sum(1 + len(manifest.outputs) for manifest in manifests.values()), problems
+    if not path.exists():
+        raise MissingInput(f"{path}: no such file or folder")
+    try:
+        artifact.load_json(path) if path.suffix == ".json" else artifact.load_tensors(path)
+    except ArtifactError as error:
+        return 1, [str(error)]
+    return 1, []
+
+
+def _manifests(path: Path) -> dict[Path, artifact.Manifest]:
+    """Folder -> manifest, of a stage's folder or of all finished stages in a run's folder."""
+    folders = [path] if _is_stage(path) else sorted(each for each in path.iterdir() if _is_stage(each))
+    finished = [folder for folder in folders if (folder / artifact.MANIFEST).exists()]
+    if not finished:
+        raise MissingInput(f"{path}: no finished stage here ({artifact.MANIFEST} is missing)")
+    return {folder: artifact.Manifest.read(folder) for folder in finished}
+
+
+def _is_stage(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (artifact.MANIFEST, STARTED))
+
+
+def _folder(path: Path) -> Description:
+    if (path / artifact.MANIFEST).is_file():
+        manifest = artifact.Manifest.read(path)
+        facts = {"digest": manifest.digest, **manifest.model_dump(mode="json")}
+        if (path / "model.safetensors").is_file():
+            facts["model"] = _tensors(path / "model.safetensors").facts
+        return Description(path, f"finished stage '{manifest.verb}'", facts)
+    if (path / STARTED).is_file():
+        return Description(path, "unfinished stage", artifact.load_json(path / STARTED))
+    stages = {}
+    for folder in sorted(each for each in path.iterdir() if _is_stage(each)):
+        done = (folder / artifact.MANIFEST).is_file()
+        stages[folder.name] = artifact.Manifest.read(folder).digest if done else "unfinished"
+    if not stages:
+        raise ArtifactError(f"{path}: neither a stage's folder nor one with stages in it")
+    return Description(path, f"run with {len(stages)} stages", {"stages": stages})
+
+
+def _json(path: Path) -> Description:
+    content = artifact.load_json(path)
+    if "verb" in content:
+        return Description(path, f"manifest of a finished stage '{content['verb']}'", content)
+    if "times" in content:
+        return Description(path, f"schedule of {len(content['times']) - 1} steps", content)
+    if path.name == STARTED:
+        return Description(path, "what an unfinished stage is made from", content)
+    kind = content.pop("kind", "JSON of flowdistill")
+    return Description(path, str(kind), content)
+
+
+def _tensors(path: Path) -> Description:
+    if path.suffix != ".safetensors":
+        raise ArtifactError(
+            f"{path}: not an artifact; those are folders, .safetensors, .json, and recipes in .yaml"
+        )
+    found = artifact.layout(path)
+    kind, header = _kind(found), dict(found.header)
+    header.pop("kind", None)
+    types = Counter(entry.dtype for entry in found.tensors.values())
+    facts = {
+        "sha256": artifact.sha256(path),
+        "bytes": path.stat().st_size,
+        "tensors": ", ".join(f"{count} {dtype}" for dtype, count in types.most_common()),
+        "values": sum(math.prod(entry.shape) for entry in found.tensors.values()),
+    }
+    return Description(path, kind, {**facts, **header})
+
+
+def _kind(found: artifact.Layout) -> str:
+    header = found.header
+    if found.seal is None:
+        return "safetensors of another maker"
+    if "architecture" in header:
+        return "classifier" if header.get("kind") == "classifier" else "model"
+    if "step" in header and "key" in header:
+        return f"training checkpoint at step {header['step']}"
+    return {"pairs": "shard of pairs", "schedule": "costs and paths of schedules"}.get(
+        str(header.get("kind")), str(header.get("kind", "tensors"))
+    )
+
+
+def _flat(fields: Mapping[str, Any]) -> list[str]:
+    """All names among resolved references, those in lists too."""
+    found: list[str] = []
+    for value in fields.values():
+        found += value if isinstance(value, tuple) else [value]
+    return found

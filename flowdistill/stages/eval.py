@@ -1,0 +1,222 @@
+"""Evaluation: what each model is worth at each number of network calls, with intervals.
+
+Every row of the result samples the same noises under the same labels, so rows are compared sample
+by sample and not only on the average: 32 paired samples show a difference of endpoint errors that
+2,000 unpaired ones do not show in a Fréchet distance. The paired error measures fidelity to the
+accurate solution; a student may rightly send a noise elsewhere, then the Fréchet distance counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from flowdistill.errors import ArtifactError, UsageError, unknown
+from flowdistill.recipe import Reference, Settings
+from flowdistill.schedule import Schedule, uniform
+from flowdistill.solvers import SOLVERS, Solver, SolverName, steps_for
+from flowdistill.stages import Stage
+from flowdistill.work import Done, Work
+
+if TYPE_CHECKING:
+    from flowdistill.evaluation.bench import Bench, Part, Row
+    from flowdistill.teachers import Model
+
+RESULT, SAMPLES, PICTURE = "eval.json", "samples.safetensors", "grid.png"
+
+Evaluations = list[Annotated[int, Field(ge=1)]]
+
+
+class Accurate(Settings):
+    """The solution that endpoints are compared with: the teacher's, or else the first model's."""
+
+    solver: SolverName = "heun"
+    steps: int = Field(32, ge=1, description="uniform steps; heun makes 2 steps - 1 evaluations")
+    samples: int = Field(512, ge=2, description="noises that it is solved for, the first of all")
+
+
+class Evaluate(Stage):
+    """Fréchet distance, class accuracy, paired endpoint error, straightness and latency."""
+
+    verb: ClassVar[str] = "eval"
+    produces: ClassVar[str] = "evaluation"
+
+    models: Annotated[list[str] | None, Reference("model", allow_teacher=True)] = Field(
+        None, description="models that are measured"
+    )
+    schedule: Annotated[str | None, Reference("schedule", optional=True)] = Field(
+        None, description="boss stage whose times are tried beside uniform ones, on its own model"
+    )
+    samples: int = Field(5000, ge=2, description="samples for each row")
+    nfe: Evaluations | dict[str, Evaluations] = Field(
+        [1, 2, 4, 8], description="numbers of network evaluations, for all models or for each"
+    )
+    solver: SolverName = "euler"
+    batch_size: int = Field(256, gt=0, description="samples that are integrated at once")
+    seed: int = Field(
+        0, ge=0, description="of noises and labels; evaluations that are compared must share it"
+    )
+    reference: Accurate = Accurate()
+    straightness: int = Field(
+        128, ge=0, description="paths that it is measured on, at `reference.steps` Euler steps"
+    )
+    latency: bool = Field(True, description="time one sample at batch size 1")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Evaluate:
+        listed = self.models or []
+        if len(set(listed)) < len(listed):
+            raise ValueError("models: a model is listed twice")
+        if isinstance(self.nfe, dict) and listed:
+            for name in self.nfe:
+                if name not in listed:
+                    raise ValueError(f"nfe: {unknown('model', name, listed)}")
+            for name in listed:
+                if name not in self.nfe:
+                    raise ValueError(f"nfe: has no entry for model '{name}'")
+        for evaluations in chain(*self.nfe.values()) if isinstance(self.nfe, dict) else self.nfe:
+            try:
+                steps_for(SOLVERS[self.solver], evaluations)
+            except UsageError as error:
+                raise ValueError(f"nfe: {error}") from error
+        return self
+
+    def run(self, work: Work) -> Done:
+        from flowdistill.evaluation.bench import Bench, Plan, Row
+
+        models = _by_short_name(work.models("models"))
+        _check_same_data(models)
+        base = "teacher" if "teacher" in models else next(iter(models))
+        solver, steps = SOLVERS[self.reference.solver], self.reference.steps
+        plan = Plan(
+            rows=tuple(self.rows(work, models)),
+            accurate=Row(base, models[base], solver, uniform(steps)),
+            samples=self.samples,
+            pairs=min(self.reference.samples, self.samples),
+            paths=min(self.straightness, self.samples),
+            path_steps=steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            latency=self.latency,
+        )
+        bench = Bench(plan, work)
+        paths = {name: bench.straightness(name) for name in models}
+        return _write(bench, paths, [(row, bench.measure(row)) for row in plan.rows])
+
+    def rows(self, work: Work, models: Mapping[str, Model]) -> Iterator[Row]:
+        """Model by model, fewest evaluations first; a schedule follows the uniform steps."""
+        from flowdistill.evaluation.bench import Row
+
+        chosen = _schedules(work, models)
+        written = self.models or list(models)
+        for (name, model), key in zip(models.items(), written, strict=True):
+            listed = self.nfe[key] if isinstance(self.nfe, dict) else self.nfe
+            for evaluations in sorted(set(listed)):
+                solver = SOLVERS[self.solver]
+                even = uniform(steps_for(solver, evaluations))
+                yield Row(name, model, solver, even)
+                found = chosen.get((model.digest, evaluations))
+                if found is not None and found[1].times != even.times:
+                    yield Row(name, model, *found)
+
+
+def _write(bench: Bench, models: Mapping[str, Any], parts: Sequence[tuple[Row, Part]]) -> Done:
+    """The figures, the values of each sample by its noise, and a picture where one can be drawn."""
+    from flowdistill import artifact, pictures
+
+    folder, accurate = bench.work.folder, bench.plan.accurate
+    content = _content(bench, models, parts)
+    artifact.save_json(folder / RESULT, content)
+    tensors = dict(bench.real[0])
+    for row, (values, _) in parts:
+        tensors |= {f"{row.id}.{name}": value for name, value in values.items() if name != "shown"}
+    header = {"kind": "evaluation", "seed": bench.plan.seed}
+    artifact.save_tensors(folder / SAMPLES, tensors, header)
+    outputs = [RESULT, SAMPLES]
+    if pictures.drawable(bench.card.shape):
+        shown = [(accurate.caption, bench.solution[: bench.shown])]
+        shown += [(row.caption, values["shown"]) for row, (values, _) in parts]
+        artifact.atomic_write(folder / PICTURE, pictures.labelled_rows(shown))
+        outputs.append(PICTURE)
+    return Done(outputs, {row["id"]: _values(row["metrics"]) for row in content["rows"]})
+
+
+def _content(bench: Bench, models: Mapping[str, Any], parts: Sequence[tuple[Row, Part]]) -> dict[str, Any]:
+    """What stands in `eval.json`; but for `latency`, it is the same whenever it is measured."""
+    plan = bench.plan
+    rows = [
+        {"id": row.id, **row.facts(), "forward_passes": row.nfe, **figures} for row, (_, figures) in parts
+    ]
+    latency = {row["id"]: row.pop("latency") for row in rows if "latency" in row}
+    described = {
+        name: {
+            "digest": model.digest,
+            "parameters": sum(value.numel() for value in model.network.parameters()),
+            **models[name],
+        }
+        for name, model in plan.models.items()
+    }
+    return {
+        "kind": "evaluation",
+        "seed": plan.seed,
+        "samples": plan.samples,
+        "batch_size": plan.batch_size,
+        "extractor": bench.extractor.label if bench.extractor else None,
+        "reference": {**plan.accurate.facts(), "samples": plan.pairs},
+        "data": {"name": bench.card.data, **bench.real[1]},
+        "models": described,
+        "rows": rows,
+        "latency": latency,
+    }
+
+
+def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: figure["value"] for name, figure in metrics.items()}
+
+
+def _by_short_name(models: Mapping[str, Model]) -> dict[str, Model]:
+    """A path is called after its folder or file where that is unique."""
+    short = [_short(name) for name in models]
+    names = [name if short.count(s) > 1 else s for name, s in zip(models, short, strict=True)]
+    return dict(zip(names, models.values(), strict=True))
+
+
+def _short(name: str) -> str:
+    if "/" not in name and not name.endswith(".safetensors"):
+        return name
+    path = Path(name)
+    return path.parent.name if path.name == "model.safetensors" else path.stem
+
+
+def _check_same_data(models: Mapping[str, Model]) -> None:
+    for what in ("data", "shape", "classes"):
+        found = {getattr(model.card, what): name for name, model in models.items()}
+        found = {value: name for value, name in found.items() if value}
+        if len(found) > 1:
+            differ = ", ".join(f"{name} {value}" for value, name in found.items())
+            raise UsageError(f"models of one evaluation must agree in {what}, found {differ}")
+
+
+def _schedules(work: Work, models: Mapping[str, Model]) -> dict[tuple[str, int], tuple[Solver, Schedule]]:
+    """(digest of the model, evaluations) -> what the boss stage chose for it."""
+    from flowdistill import artifact
+
+    folder = work.inputs.get("schedule")
+    if folder is None:
+        return {}
+    found = {}
+    for path in sorted(Path(folder).glob("schedule-nfe*.json")):
+        content = artifact.load_json(path)
+        schedule = Schedule(tuple(content["times"]), "boss")
+        found[content["model"], content["nfe"]] = SOLVERS[content["solver"]], schedule
+    digests = {model.digest for model in models.values()}
+    if not any(digest in digests for digest, _ in found):
+        raise ArtifactError(
+            f"{folder}: no schedule for {' or '.join(models)}\n"
+            "a schedule fits the model it was made for: evaluate that one, or make a new schedule"
+        )
+    return found

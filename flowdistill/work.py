@@ -1,0 +1,83 @@
+"""What a stage is given to run, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowdistill.errors import Interrupted
+
+if TYPE_CHECKING:
+    from flowdistill.pairstore import PairStore
+    from flowdistill.teachers import Model
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a stage made: its files, relative to the folder, what was measured, the type it computed in."""
+
+    outputs: Sequence[str]
+    figures: Figures
+    dtype: str = "float32"
+
+
+class Stop:
+    """Set by the first SIGINT or SIGTERM; long work asks at points where its state is whole."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has arrived. Call it only when everything is saved."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is: `done` of `total` `unit`s, with figures worth a glance."""
+
+    done: int
+    total: int
+    unit: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is given to run: its folder, its opened inputs, the seed, the device."""
+
+    stage: str
+    folder: Path
+    seed: int
+    device: str
+    inputs: Mapping[str, Any]
+    """Reference field -> location, or list of (name, location): what the recipe's references resolved to."""
+    parents: Mapping[str, str]
+    """Input name -> digest, for the cards of what this stage makes."""
+    settings: Mapping[str, Any]
+    """The stage's resolved section of the recipe."""
+    report: Callable[[Progress], None]
+    stop: Stop
+
+    def model(self, reference: str = "model") -> Model:
+        """Open the model that the field `reference` names."""
+        from flowdistill.teachers import open_model
+
+        return open_model(self.inputs[reference], self.device)
+
+    def models(self, reference: str = "models") -> dict[str, Model]:
+        """Open the models of a field that lists several, by the names the recipe gave."""
+        from flowdistill.teachers import open_model
+
+        return {name: open_model(location, self.device) for name, location in self.inputs[reference]}
+
+    def pairs(self, reference: str = "pairs") -> PairStore:
+        """Open the pairs that the field `reference` names."""
+        from flowdistill.pairstore import PairStore
+
+        return PairStore.open(self.inputs[reference])
