@@ -31,6 +31,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+class _Stopped(BaseException):
+    """Ends work that has nothing to save, past every `except Exception` on the way.
+
+    Not a KeyboardInterrupt: one that crosses an `exec` makes Python end itself by the signal in the end, so
+    the exit code would depend on where it struck.
+    """
+
+
 class Session:
     """One command: how it was called, and what the shell has asked of it since."""
 
@@ -48,11 +56,12 @@ class Session:
             os._exit(128 + signum)
         self.signum = signum
         if self.stop is None:
-            raise KeyboardInterrupt
+            raise _Stopped
         self.stop.signum = signum
         # Not sys.stderr: a signal may arrive in the middle of a write to it.
         name = signal.Signals(signum).name
-        os.write(2, f"\n{name}: saving the state; once more ends at once\n".encode())
+        below_the_bar = "\n" if os.isatty(2) else ""
+        os.write(2, f"{below_the_bar}{name}: saving the state; once more ends at once\n".encode())
 
     def farewell(self) -> str:
         """What to print after an interruption."""
@@ -80,7 +89,7 @@ def guard(action: Callable[[], int], session: Session) -> int:
     try:
         code = action()
         sys.stdout.flush()
-        return _interrupted(session) if session.signum and session.stop is None else code
+        return code
     except (BrokenPipeError, SystemExit):
         # The reader of our output has left, as in `| head`; typer turns that into a SystemExit, and we raise
         # none. Nothing more may be flushed at exit.

@@ -149,7 +149,9 @@ def _peak_memory_gb() -> float:
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table on stdout; columns that hold numbers alone are aligned to the right."""
     cells = [list(row) for row in rows]
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    grid = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+    )
     for heading, column in zip(headings, zip(*cells, strict=True), strict=True):
         numbers = all(not cell or cell[0] in "-0123456789" for cell in column)
         grid.add_column(heading, justify="right" if numbers else "left", overflow="fold")
@@ -256,18 +258,13 @@ def _evaluation(finished: Finished) -> None:
 def _schedules(finished: Finished) -> None:
     names = [name for name in finished.manifest.outputs if name.startswith("schedule-")]
     found = [artifact.load_json(finished.folder / name) for name in names]
-    headings = ("NFE", "local cost", "uniform", "endpoint error", "uniform", "against uniform steps")
-    rows = [
-        (
-            str(each["nfe"]),
-            number(each["local_cost"]["boss"]),
-            number(each["local_cost"]["uniform"]),
-            interval(each["held_out"]["boss"]),
-            interval(each["held_out"]["uniform"]),
-            each["held_out"]["verdict"],
-        )
-        for each in found
-    ]
+    headings = ("NFE", "local cost: uniform", "BOSS", "endpoint error: uniform", "BOSS", "BOSS is")
+    rows = []
+    for each in found:
+        local, measured = each["local_cost"], each["held_out"]
+        costs = [number(local[name]) for name in ("uniform", "boss")]
+        errors = [interval(measured[name]) for name in ("uniform", "boss")]
+        rows.append([str(each["nfe"]), *costs, *errors, measured["verdict"]])
     table(headings, rows)
     typer.echo()
     for each in found:

@@ -92,8 +92,11 @@ class Pipeline:
 
     def select(self, verb: str | None, stage: str | None) -> str | None:
         """Name of the stage that a command means; None is all of them."""
-        if stage is not None and stage not in self.stages:
-            raise UsageError(f"--stage: {unknown('stage', stage, self.stages)}")
+        if stage is not None:
+            if stage not in self.stages:
+                raise UsageError(f"--stage: {unknown('stage', stage, self.stages)}")
+            if verb not in (None, self.stages[stage].verb):
+                raise UsageError(f"--stage: '{stage}' is a {self.stages[stage].verb} stage, expected {verb}")
         if verb is None or stage is not None:
             return stage
         found = [name for name, each in self.stages.items() if each.verb == verb]
@@ -131,7 +134,7 @@ class Pipeline:
         artifact.create_folder(self.out)
         with artifact.lock(self.out):
             for name in chosen:
-                standing = self._standing(name, standings)
+                standing = standings[name] = self._standing(name, standings)
                 if standing.state == "done" and standing.manifest and name not in redo:
                     observe(Finished(name, standing.verb, standing.folder, standing.manifest, skipped=True))
                     continue

@@ -398,7 +398,8 @@ BAD_TEXTS = {
 def test_descriptions_that_cannot_be_are_errors(tmp_path: Path, what: str) -> None:
     path = tmp_path / "a"
     text = BAD_TEXTS.get(what) or json.dumps(BAD_DESCRIPTIONS[what]).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    payload = {"gap": 16, "overlap": 12, "too short": 8, "negative place": 0}.get(what, 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(payload))
     for read in (artifact.read_header, artifact.load_tensors):
         with pytest.raises(ArtifactError, match=str(path)):
             read(path)

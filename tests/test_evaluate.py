@@ -355,6 +355,7 @@ def test_what_cannot_be_computed_is_skipped_with_its_reason(tmp_path: Path, asse
         ({"nfe": [1, 2], "solver": "heun"}, "heun cannot make exactly 2 evaluations: 1 or 3"),
         ({"nfe": {"a": [3]}, "models": ["a"], "solver": "rk4"}, "rk4 cannot make exactly 3"),
         ({"nfe": [0]}, "greater than or equal to 1"),
+        ({"nfe": []}, "at least 1 item"),
         ({"samples": 1}, "greater than or equal to 2"),
     ],
 )

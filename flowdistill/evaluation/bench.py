@@ -220,7 +220,7 @@ class Bench:
             tally.add(x)
             shown.append(x[: max(0, self.shown - part.start)].cpu())
             paired = self.solution[part]
-            errors.append(metrics.endpoint_error(x[: len(paired)].cpu(), paired))
+            errors.append(metrics.endpoint_error(x[: len(paired)], paired))
         tensors, figures = tally.conclude(self.labels if row.model.card.classes else None)
         error = torch.cat(errors)
         estimate = metrics.mean_interval(error, self.seed)
@@ -248,17 +248,16 @@ class Bench:
         return eps.to(device), None if labels is None else labels[part].to(device)
 
     def _along(self, row: Row, part: slice) -> tuple[Tensor, Tensor]:
-        """`metrics.straightness` of the paths `part`, on the CPU."""
+        """`metrics.straightness` of the paths `part`."""
         states: list[Tensor] = []
         velocities: list[Tensor] = []
 
         def keep(i: int, t: float, x: Tensor, v: Tensor) -> None:
-            states.append(x)
-            velocities.append(v)
+            states.append(x.cpu())
+            velocities.append(v.cpu())
 
-        end = self._solve(row, part, keep)
-        excess, squares = metrics.straightness(row.schedule.times, velocities, states[0], end)
-        return excess.cpu(), squares.cpu()
+        end = self._solve(row, part, keep).cpu()
+        return metrics.straightness(row.schedule.times, velocities, states[0], end)
 
     def _latency(self, row: Row) -> dict[str, float]:
         """Milliseconds from one noise to its sample, by the host's clock."""

@@ -184,7 +184,7 @@ def _coordinates(card: Card, flow: Mixture) -> Extractor:
     reference = metrics.Reference(mean, second - torch.outer(mean, mean))
 
     def read(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        features = x.flatten(1).double().cpu()
+        features = x.flatten(1).cpu().double()
         if not flow.classes:
             return features, None
         squares = (features[:, None] - means) ** 2 / variances + variances.log()

@@ -209,8 +209,8 @@ def _resampled_means(values: Tensor, seed: int) -> Tensor:
 
 
 def endpoint_error(x: Tensor, reference: Tensor) -> Tensor:
-    """Root mean square over the dimensions of x - reference [B, *shape], per sample [B]."""
-    return (x.double() - reference.double()).flatten(1).square().mean(1).sqrt()
+    """Root mean square over the dimensions of x - reference [B, *shape], [B] on the CPU."""
+    return (x.cpu().double() - reference.cpu().double()).flatten(1).square().mean(1).sqrt()
 
 
 def straightness(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RESULT, SAMPLES, PICTURE = "eval.json", "samples.safetensors", "grid.png"
 
-Evaluations = list[Annotated[int, Field(ge=1)]]
+Evaluations = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
 
 class Accurate(Settings):
