@@ -276,6 +276,7 @@ def judge(folder: Path, module: str) -> tuple[int, int, list[Mutant]]:
             equivalent += 1
         elif survives(folder, module, mutant.source, limit_s):
             survivors.append(mutant)
+            print(f"survived {module}.py:{mutant.line} {mutant.function}: {mutant.change}", flush=True)
         else:
             killed += 1
     (folder / "flowdistill" / f"{module}.py").write_text(original)
@@ -303,8 +304,6 @@ def main() -> int:
             killed_all, survivors_all = killed_all + killed, survivors_all + survivors
     share = killed_all / (killed_all + len(survivors_all))
     print(f"killed {killed_all} of {killed_all + len(survivors_all)}: {share:.1%}, goal {GOAL:.0%}")
-    for mutant in survivors_all:
-        print(f"survived {mutant.module}.py:{mutant.line} {mutant.function}: {mutant.change}")
     return 0 if share >= GOAL else 1
 
 

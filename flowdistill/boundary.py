@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from flowdistill.errors import FlowdistillError, RecipeError
+from flowdistill.errors import FlowdistillError, Interrupted, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from flowdistill.work import Stop
@@ -27,8 +27,11 @@ OUT_OF_RESOURCES = 5
 BROKEN_PIPE = 141
 """128 + SIGPIPE, as shells report it."""
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_EXIT_CODES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), OUT_OF_RESOURCES),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), UsageError.exit_code),
+}
+"""Of failures of the system that reach the boundary as they are."""
 
 
 class _Stopped(BaseException):
@@ -96,18 +99,15 @@ def guard(action: Callable[[], int], session: Session) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE
     except BaseException as error:
-        if session.signum:
-            return _interrupted(session)
+        cut_short = session.signum and session.stop is None  # whatever an import made of it
+        if cut_short or isinstance(error, Interrupted | _Stopped):
+            tell(session.farewell())
+            return 128 + session.signum
         message, code = describe(error)
         if session.verbose:
             traceback.print_exception(error)
         tell(message)
         return code
-
-
-def _interrupted(session: Session) -> int:
-    tell(session.farewell())
-    return 128 + session.signum
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -122,12 +122,9 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", error.exit_code
     if memory := _out_of_memory(error):
         return f"error: {memory}", OUT_OF_RESOURCES
-    if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_ACCESS):
+    if isinstance(error, OSError) and error.errno in _EXIT_CODES:
         place = f"{error.filename}: " if error.filename else ""
-        return (
-            f"error: {place}{error.strerror}; nothing is half-written, run the command again",
-            OUT_OF_RESOURCES,
-        )
+        return f"error: {place}{error.strerror}", _EXIT_CODES[error.errno]
     kind, text = type(error).__name__, str(error).partition("\n")[0]
     return (
         f"error: a bug in flowdistill, {kind}: {text}\n"
@@ -138,7 +135,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 def _out_of_memory(error: BaseException) -> str:
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, getattr(torch, "OutOfMemoryError", ())):
         return "the device's memory is full; lower batch_size, or choose another --device"
     # The CPU's allocator has no exception of its own.
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):

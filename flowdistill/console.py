@@ -1,4 +1,7 @@
-"""What a terminal shows beyond single lines: progress on stderr, tables on stdout."""
+"""What a terminal shows beyond single lines: progress on stderr, results on stdout.
+
+rich is imported where it draws: most commands that look at something print lines.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
-from rich.text import Text
 
 from flowdistill import artifact, evaluation
 from flowdistill.boundary import tell
 from flowdistill.pipeline import Advanced, Event, Finished, Standing, Started
 from flowdistill.stages import verbs
 from flowdistill.work import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 LINE_EVERY_SECONDS = 30.0
 """Where stderr is no terminal."""
@@ -40,16 +40,24 @@ def progress(quiet: bool) -> Iterator[Callable[[Event], None]]:
     if quiet:
         yield lambda event: None
     elif sys.stderr.isatty():
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[pace]}"),
-        )
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        with _bar() as bar:
             yield _Bars(bar)
     else:
         yield _Lines()
+
+
+def _bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[pace]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
 
 
 def reporter(what: str, show: Callable[[Event], None]) -> Callable[[Progress], None]:
@@ -148,6 +156,11 @@ def _peak_memory_gb() -> float:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table on stdout; columns that hold numbers alone are aligned to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     cells = [list(row) for row in rows]
     grid = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"

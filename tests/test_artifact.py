@@ -388,7 +388,7 @@ BAD_TEXTS = {
     "list": b"[]",
     "no JSON": b"{a}",
     "not UTF-8": b'{"\xff": 1}',
-    "duplicate": b'{"__metadata__": {}, "__metadata__": {}}',
+    "duplicate": b'{"a":%b,"a":%b}' % ((b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}',) * 2),
     "deep": b'{"a":' * 50_000,
     "long number": b'{"a":' + b"9" * 10_000 + b"}",
 }

@@ -327,9 +327,9 @@ def test_images(tmp_path: Path, assets: Path) -> None:
 def test_what_cannot_be_computed_is_skipped_with_its_reason(tmp_path: Path, assets: Path) -> None:
     few = evaluate(
         tmp_path / "few", {"net": unet(tmp_path / "net.safetensors", data="shapes")},
-        nfe=[1], samples=60, reference={"steps": 1}, straightness=0,
+        nfe=[1], samples=10, reference={"steps": 1}, straightness=0,
     )  # fmt: skip
-    assert few.rows["net-1"]["skipped"] == {"fd": "60 samples are too few for 64 features"}
+    assert few.rows["net-1"]["skipped"] == {"fd": "10 samples are too few for 14 features"}
     assert few.content["models"]["net"]["skipped"] == {"straightness": "fewer than 2 paths"}
     foreign = evaluate(
         tmp_path / "foreign", {"net": unet(tmp_path / "other.safetensors")},

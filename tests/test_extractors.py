@@ -52,7 +52,7 @@ def test_measured_moments_make_the_distance_of_the_same_samples_zero(path: Path)
     assert found.label == f"shapes-classifier@{artifact.sha256(path)[:8]}"
     images, labels = SHAPES.batch(torch.arange(600))
     features, classes = found.read(images)
-    assert features.shape == (600, 64)
+    assert features.shape == (600, 18)
     # The file holds float32.
     assert found.reference.distance(*metrics.moments(features)) == pytest.approx(0.0, abs=1e-6)
     assert found.reference.distance(*metrics.moments(features[:300])) > 1e-5

@@ -156,12 +156,13 @@ def test_classifier_parts_agree() -> None:
     images = torch.randn(5, 3, 16, 16)
     maps = network.stages(images)
     assert [tuple(m.shape) for m in maps] == [(5, 16, 16, 16), (5, 32, 8, 8), (5, 48, 4, 4)]
-    features = network.features(images)
-    assert features.shape == (5, 64)
-    assert torch.equal(network(images), network.logits(features))
+    features, logits = network.describe(images)
+    assert torch.equal(network(images), logits)
+    means = [each.mean((2, 3)) for each in maps]
+    assert torch.equal(features, torch.cat(means, dim=1))
     network(images).square().sum().backward()
     assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in network.parameters())
-    assert network.reference_covariance.shape == (64, 64)
+    assert network.reference_covariance.shape == (96, 96)
 
 
 @pytest.mark.parametrize("name", ["shapes", "digits"])

@@ -51,7 +51,7 @@ def a_spec(**changes: Any) -> PairSpec:
 def pairs(spec: PairSpec, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What a teacher might make: each pair a function of its index, within [-1, 1]."""
     x0 = randomness.noise(spec.seed + 1, indices, spec.shape).tanh()
-    labels = torch.tensor([index % spec.classes for index in indices]) if spec.classes else None
+    labels = torch.tensor([-index % spec.classes for index in indices]) if spec.classes else None
     eps = randomness.noise(spec.seed + 2, indices, spec.shape) if spec.store_noise else None
     return x0, labels, eps
 
@@ -388,6 +388,9 @@ def test_a_journal_may_end_anywhere(tmp_path: Path) -> None:
         with PairWriter(tmp_path, spec) as writer:
             missing = writer.missing()
         assert missing == list(range(whole["journal.jsonl"][:end].count(b"\n"), 3))
+        fill(tmp_path, spec, missing[:1])  # its line takes the place of the torn one
+        with PairWriter(tmp_path, spec) as writer:
+            assert writer.missing() == missing[1:]
         assert content(fill(tmp_path, spec)) == whole
     put(journal, whole["journal.jsonl"] + b"0123")  # a torn line behind the last one
     assert len(PairStore.open(tmp_path)) == 10
@@ -484,6 +487,14 @@ def test_the_same_writer_goes_on_after_a_full_disk(tmp_path: Path) -> None:
             for shard in writer.missing():
                 writer.commit(shard, *pairs(spec, spec.indices(shard)))
         assert content(folder) == whole
+
+
+def test_what_a_killed_writer_left_unfinished_is_removed(tmp_path: Path) -> None:
+    whole = content(fill(tmp_path, a_spec()))
+    for folder in (tmp_path, tmp_path / "shards"):
+        (folder / ".0123456789abcdef.tmp").write_bytes(b"half")
+    PairWriter(tmp_path, a_spec()).close()
+    assert content(tmp_path) == whole
 
 
 def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What samples are compared in: features of the data that a model imitates, offline and labelled.
 
-Images of the package's own data sets have a small classifier, whose penultimate activations are the
-features and whose maps make a perceptual distance. Vectors of closed-form flows are their own
+Images of the package's own data sets have a small classifier, whose maps make the features and a
+perceptual distance. Vectors of closed-form flows are their own
 features. The figures are comparable within one data set and one extractor only, so the extractor's
 label stands with every one of them.
 """
@@ -146,8 +146,8 @@ def _classifier(path: Path, device: str) -> tuple[Classifier, str]:
 
 @torch.no_grad()
 def _read(network: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-    features = network.features(x)
-    return features.cpu(), network.logits(features).argmax(1).cpu()
+    features, logits = network.describe(x)
+    return features.cpu(), logits.argmax(1).cpu()
 
 
 # --- closed forms ---------------------------------------------------------------------------------

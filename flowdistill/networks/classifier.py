@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEATURES = 64
-"""Width of the penultimate layer, whatever the images."""
+_PENULTIMATE = 64
 
 
 class Classifier(nn.Module):
     """Images [B, C, H, W] in [-1, 1] -> logits [B, classes].
 
     Three stages of `channels`, each two convolutions and half the size of the one before it. The buffers
-    `reference_mean` [64] and `reference_covariance` [64, 64] hold the moments of `features` over the
-    training data, once measured.
+    `reference_mean` [D] and `reference_covariance` [D, D] hold the moments of `features` over the data,
+    once measured.
     """
 
     reference_mean: Tensor
@@ -43,10 +42,10 @@ class Classifier(nn.Module):
             )
             for before, width in zip(inputs, channels, strict=False)
         )
-        self.penultimate = nn.Linear(2 * channels[-1], FEATURES)
-        self.logits = nn.Linear(FEATURES, classes)
-        self.register_buffer("reference_mean", torch.zeros(FEATURES))
-        self.register_buffer("reference_covariance", torch.zeros(FEATURES, FEATURES))
+        self.penultimate = nn.Linear(2 * channels[-1], _PENULTIMATE)
+        self.logits = nn.Linear(_PENULTIMATE, classes)
+        self.register_buffer("reference_mean", torch.zeros(sum(channels)))
+        self.register_buffer("reference_covariance", torch.zeros(sum(channels), sum(channels)))
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """Feature maps [B, C_k, H_k, W_k], fine to coarse: what a perceptual distance compares."""
@@ -55,13 +54,18 @@ class Classifier(nn.Module):
             maps.append(block(F.avg_pool2d(maps[-1], 2, ceil_mode=True) if maps else x))
         return maps
 
-    def features(self, x: Tensor) -> Tensor:
-        """Penultimate activations [B, 64]."""
-        last = self.stages(x)[-1]
-        # The mean sees textures and areas, the maximum sees parts wherever they lie.
-        pooled = torch.cat([last.mean((2, 3)), last.amax((2, 3))], dim=1)
-        return F.silu(self.penultimate(pooled))
-
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.logits(self.features(x))
-        return logits
+        return self.describe(x)[1]
+
+    def describe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, D], the mean of each map over its places at every scale, and logits [B, classes].
+
+        The penultimate layer would not do as features: it keeps what tells classes apart and hardly sees
+        that an image is blurred or noisy.
+        """
+        maps = self.stages(x)
+        features = torch.cat([each.mean((2, 3)) for each in maps], dim=1)
+        # The mean sees textures and areas, the maximum sees parts wherever they lie.
+        pooled = torch.cat([maps[-1].mean((2, 3)), maps[-1].amax((2, 3))], dim=1)
+        logits: Tensor = self.logits(F.silu(self.penultimate(pooled)))
+        return features, logits
