@@ -279,7 +279,9 @@ def _schedules(finished: Finished) -> None:
         errors = [interval(measured[name]) for name in ("uniform", "boss")]
         rows.append([str(each["nfe"]), *costs, *errors, measured["verdict"]])
     table(headings, rows)
-    typer.echo()
+    typer.echo(
+        "Local cost is what BOSS makes least; the endpoint error (RMS [95 %]) is that of other noises.\n"
+    )
     for each in found:
         facts(
             f"{each['nfe']} steps",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowdistill import artifact, teachers
-from flowdistill.errors import MissingInput, UsageError, unknown
+from flowdistill.errors import MissingInput, RecipeError, UsageError, unknown
 from flowdistill.recipe import Recipe
 from flowdistill.stages import Stage
 from flowdistill.work import Progress, Stop, Work
@@ -76,11 +76,18 @@ Event = Started | Advanced | Finished
 
 
 class Pipeline:
-    """The stages of one recipe and their folders below its `out`."""
+    """The stages of one recipe and their folders below its `out`.
+
+    Raises `RecipeError` where the teacher cannot be what the recipe says.
+    """
 
     def __init__(self, recipe: Recipe[Stage]) -> None:
         self.recipe = recipe
         self.out = recipe.out
+        try:
+            teachers.identify(recipe.teacher)
+        except UsageError as error:
+            raise RecipeError([recipe.problem("teacher", str(error))]) from None
         self.stages = {stage.name: stage for stage in recipe.stages}
 
     def status(self) -> list[Standing]:

@@ -116,7 +116,7 @@ class _Head(Settings):
         min_length=1,
         description="folder of the results, inside the current one; if left out, runs/RECIPE'S-NAME",
     )
-    teacher: str | Teacher = Field(
+    teacher: Annotated[str, Field(min_length=1)] | Teacher = Field(
         "builtin:shapes",
         description="builtin:NAME, analytic:NAME, diffusers:ID, or a path relative to the recipe",
     )

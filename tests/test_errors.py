@@ -69,6 +69,7 @@ def test_a_recipe_error_lists_its_problems_and_counts_the_rest() -> None:
         ("zzz", ["euler", "heun"], "unknown solver 'zzz' (euler, heun)"),
         ("x\ny", ["euler"], r"unknown solver 'x\ny' (euler)"),
         ("heun", [], "unknown solver 'heun'"),
+        ("b", [f"a{i}" for i in range(21)], "unknown solver 'b' (" + ", ".join(f"a{i}" for i in range(20)) + " and 1 more)"),
         ("b", [f"a{i}" for i in range(22)], "unknown solver 'b' (" + ", ".join(f"a{i}" for i in range(20)) + " and 2 more)"),
     ],
 )  # fmt: skip

@@ -100,6 +100,8 @@ def test_defaults_are_the_papers() -> None:
         ({"name": "u-shaped"}, UShaped(a=4.0)),
         ({"name": "uniform"}, Uniform()),
         ({"name": "logit-normal", "mean": -1, "std": 0.5}, LogitNormal(mean=-1.0, std=0.5)),
+        ({"name": "logit-normal", "mean": -20, "std": 20}, LogitNormal(mean=-20.0, std=20.0)),
+        ({"name": "logit-normal", "mean": 20}, LogitNormal(mean=20.0)),
     ],
 )
 def test_recipes_of_times(recipe: dict[str, Any], expected: object) -> None:

@@ -218,6 +218,8 @@ BAD: list[tuple[str | bytes, str]] = [
     (PAIRS + "teacher: a/model.safetensors", "recipe.yaml:3:10: teacher: 'a/model.safetensors' does not exist (paths start from the recipe's folder); a teacher that ships is builtin:shapes"),
     (PAIRS + "teacher: {guidance: 2}", "recipe.yaml:3:1: teacher.name: is required but missing"),
     (PAIRS + "teacher: {name: 3}", 'recipe.yaml:3:17: teacher.name: expected text, found 3; write "3"'),
+    (PAIRS + "teacher: ''", "recipe.yaml:3:10: teacher: expected 1 or more characters or a mapping, found ''"),
+    (PAIRS + "teacher: {name: ''}", "recipe.yaml:3:17: teacher.name: expected 1 or more characters, found ''"),
     (PAIRS + "teacher: [builtin]", "recipe.yaml:3:10: teacher: expected text or a mapping, found a list of 1"),
     # what is no stage
     ("stages: [pairs]", "recipe.yaml:1:10: stages[0]: expected one verb with its settings, found 'pairs'; write 'pairs:'"),
@@ -295,6 +297,7 @@ BAD: list[tuple[str | bytes, str]] = [
     (REFLOW + "      pairs: paris", "recipe.yaml:5:14: reflow.pairs: unknown stage 'paris', did you mean 'pairs'? (pairs)"),
     (REFLOW + "      init: paris", "recipe.yaml:5:13: reflow.init: unknown stage 'paris' (teacher)"),
     (REFLOW + "      init: pairs", "recipe.yaml:5:13: reflow.init: expected a model, 'pairs' makes pairs (teacher)"),
+    (REFLOW + "  - eval:\n  - boss: {model: eval}", "recipe.yaml:6:19: boss.model: expected a model, 'eval' makes an evaluation (reflow)"),
     (REFLOW + "      init: reflow", "recipe.yaml:5:13: reflow.init: a stage cannot be its own input (teacher)"),
     (REFLOW + "      pairs: teacher", "recipe.yaml:5:14: reflow.pairs: expected pairs, found the teacher (pairs)"),
     (REFLOW + "      pairs: more\n  - pairs: {name: more}", "recipe.yaml:5:14: reflow.pairs: stage 'more' comes later, in line 6; move it up (pairs)"),

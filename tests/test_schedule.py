@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -153,13 +153,11 @@ def costs(elements: st.SearchStrategy[float]) -> st.SearchStrategy[Floats]:
 
 
 @given(costs(st.floats(0, 1e6)))
-@settings(max_examples=60)
 def test_it_is_the_brute_force_optimum(cost: Floats) -> None:
     assert solve(cost) == [brute_force(cost, k) for k in range(1, len(cost))]
 
 
 @given(costs(st.integers(0, 3).map(float)))
-@settings(max_examples=60)
 def test_ties_go_to_the_lexicographically_first_path(cost: Floats) -> None:
     assert solve(cost) == [brute_force(cost, k) for k in range(1, len(cost))]
 

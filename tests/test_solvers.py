@@ -178,8 +178,10 @@ def test_labels_choose_the_flow(solver: Solver) -> None:
 )
 def test_the_state_is_float32_or_better(solver: Solver, given: torch.dtype, state: torch.dtype) -> None:
     field = Counting(lambda x, t, labels: (x * t[:, None]).bfloat16())
-    end = integrate(field, torch.ones(2, 1, dtype=given), uniform(4), solver)
-    assert end.dtype == state
+    seen: list[Tensor] = []
+    x = torch.ones(2, 1, dtype=given)
+    end = integrate(field, x, uniform(4), solver, on_step=lambda i, t, x, v: seen.extend((x, v)))
+    assert {x.dtype for x in (end, *seen)} == {state}
     assert {x.dtype for x, _, _ in field.asked} == {state}
 
 

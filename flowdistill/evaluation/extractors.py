@@ -166,13 +166,14 @@ class _Exact:
 
 def _flow(card: Card) -> Mixture | None:
     """The closed-form flow that a model imitates; its one size stands in the card's shape or classes."""
-    from flowdistill.teachers.closed_form import FLOWS
-
     scheme, _, name = (card.data or "").partition(":")
-    if scheme != "analytic" or name not in FLOWS:
+    if scheme != "analytic" or name not in teachers.ANALYTIC:
         return None
-    make, option = FLOWS[name]
-    return make(card.shape[0] if option == "dim" else max(1, card.classes))
+    option, _ = teachers.ANALYTIC[name]
+    size = card.shape[0] if option == "dim" else max(1, card.classes)
+    flow = teachers.open_model({"name": f"analytic:{name}", option: size}).network
+    assert isinstance(flow, Mixture)
+    return flow
 
 
 def _coordinates(card: Card, flow: Mixture) -> Extractor:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Reference = str | Mapping[str, Any]
+ANALYTIC: Mapping[str, tuple[str, int]] = {"gaussian": ("dim", 2), "mixture": ("dim", 2), "ring": ("components", 8)}
+"""Closed-form teachers: name -> their one option, an integer, and its default."""
 ASSETS = Path(str(resources.files("flowdistill"))) / "assets"
 DEFAULT = "shapes"
 
@@ -125,10 +127,12 @@ def locate(reference: str) -> Path:
 
 
 def identify(reference: Reference) -> str:
-    """SHA-256 that changes whenever the model does."""
+    """SHA-256 that changes whenever the model does; raises what `open_model` raises for the reference."""
     name, options = _split(reference)
     if name.startswith("analytic:"):
-        return artifact.digest({"analytic": name, "options": options})
+        return artifact.digest({"analytic": name, **_size(name, options)})
+    if options:
+        raise UsageError(f"teacher {name}: takes no options, found {', '.join(map(repr, options))}")
     return artifact.sha256(locate(name))
 
 
@@ -136,16 +140,26 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
     """Open a model for use on `device`, its weights in float32.
 
     Raises `UsageError` for unknown names and options, `MissingInput` where there is no file and
-    `ArtifactError` where its content is not what its card or manifest says.
+    `ArtifactError` where its content is not what its card says.
     """
+    digest = identify(reference)
     name, options = _split(reference)
-    if name.startswith("analytic:"):
-        from flowdistill.teachers.closed_form import open_analytic
+    if not name.startswith("analytic:"):
+        return load(locate(name), device)
+    from flowdistill import analytic
 
-        return open_analytic(name.partition(":")[2], options, device)
-    if options:
-        raise UsageError(f"teacher {name}: takes no options, found {', '.join(map(repr, options))}")
-    return load(locate(name), device)
+    arguments = _size(name, options)
+    ((option, size),) = arguments.items()
+    flow = getattr(analytic, name.partition(":")[2])((size,) if option == "dim" else size)
+    card = Card(
+        architecture="analytic",
+        arguments={"name": name, **arguments},
+        shape=flow.shape,
+        classes=flow.classes,
+        data=name,
+        notes="closed form, no weights",
+    )
+    return Model(card, flow.to(device), digest, device)
 
 
 def load(path: Path, device: str = "cpu") -> Model:
@@ -166,6 +180,20 @@ def load(path: Path, device: str = "cpu") -> Model:
         )
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
     return Model(card, network.to(device).eval().requires_grad_(False), digest, device)
+
+
+def _size(name: str, options: Mapping[str, Any]) -> dict[str, int]:
+    """The one option of an analytic teacher, by name, its default filled in."""
+    kind = name.partition(":")[2]
+    if kind not in ANALYTIC:
+        raise UsageError(unknown("analytic teacher", kind, ANALYTIC))
+    option, default = ANALYTIC[kind]
+    for key, value in options.items():
+        if key != option:
+            raise UsageError(unknown(f"option of teacher {name}", key, (option,)))
+        if type(value) is not int or not 1 <= value <= 4096:
+            raise UsageError(f"teacher {name}: expected {key} from 1 to 4096, found {value!r}")
+    return {option: options.get(option, default)}
 
 
 def _split(reference: Reference) -> tuple[str, dict[str, Any]]:
