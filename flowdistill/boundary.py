@@ -18,17 +18,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from flowdistill.errors import FlowdistillError, Interrupted, RecipeError, UsageError
+from flowdistill.errors import FlowdistillError, Interrupted, RecipeError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from flowdistill.work import Stop
 
-OUT_OF_RESOURCES = 5
 BROKEN_PIPE = 141
 """128 + SIGPIPE, as shells report it."""
 
 _EXIT_CODES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), OUT_OF_RESOURCES),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ResourceError.exit_code),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), UsageError.exit_code),
 }
 """Of failures of the system that reach the boundary as they are."""
@@ -121,7 +120,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, FlowdistillError):
         return f"error: {error}", error.exit_code
     if memory := _out_of_memory(error):
-        return f"error: {memory}", OUT_OF_RESOURCES
+        return f"error: {memory}", ResourceError.exit_code
     if isinstance(error, OSError) and error.errno in _EXIT_CODES:
         place = f"{error.filename}: " if error.filename else ""
         return f"error: {place}{error.strerror}", _EXIT_CODES[error.errno]

@@ -254,7 +254,7 @@ def results(finished: Sequence[Finished], whole: bool) -> None:
             _schedules(each) if kind == "schedule" else facts(each.stage, each.manifest.figures)
     typer.echo()
     for each in finished if whole else finished[-1:]:
-        typer.echo(f"{each.folder}/ {_listed(list(each.manifest.outputs))}")
+        typer.echo(f"{each.folder}/ {_listed(sorted(each.manifest.outputs))}")
 
 
 def _listed(names: Sequence[str]) -> str:

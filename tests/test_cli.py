@@ -100,7 +100,8 @@ def commands(group: Any = None, prefix: str = "") -> dict[str, Any]:
 
 # The set of commands and options ---------------------------------------------------------------------------
 
-RECIPE_OPTIONS = "--device --fresh --json --out --quiet --seed --verbose -q -s -v"
+WORK_OPTIONS = "--device --json --out --quiet --seed --verbose -q -v"
+RECIPE_OPTIONS = f"--fresh -s {WORK_OPTIONS}"
 STAGE_OPTIONS = f"--only --stage {RECIPE_OPTIONS}"
 OPTIONS = {
     "run": RECIPE_OPTIONS,
@@ -110,7 +111,7 @@ OPTIONS = {
     "reflow": STAGE_OPTIONS,
     "boss": f"--model --nfe {STAGE_OPTIONS}",
     "eval": STAGE_OPTIONS,
-    "sample": "--count --device --force --json --labels --nfe --out --quiet --schedule --seed --solver --verbose -q -v",
+    "sample": f"--count --force --labels --nfe --schedule --solver {WORK_OPTIONS}",
     "inspect": "--json --verbose -v",
     "verify": "--json --verbose -v",
     "validate": "--json --verbose -s -v",
@@ -194,9 +195,9 @@ sys.exit(code)
     ("arguments", "absent"),
     [
         ("--help", "torch numpy pydantic yaml rich safetensors"),
-        ("reflow --help", "torch numpy pydantic yaml rich safetensors"),
+        ("reflow --help", "torch numpy yaml rich safetensors"),
         ("recipes ls", "torch numpy"),
-        ("recipes show ring", "torch numpy pydantic yaml rich"),
+        ("recipes show ring", "torch numpy yaml rich"),
         ("validate ring", "torch numpy rich"),
         ("schema", "torch numpy rich"),
         ("status ring", "torch numpy"),
@@ -250,7 +251,7 @@ BAD = [
     ("validate list.yaml", 2, "list.yaml:1:1: expected a recipe"),
     ("boss unknown.yaml", 2, "unknown.yaml:2:12: boss.nfee: unknown key, did you mean 'nfe'?"),
     ("run twice.yaml", 2, "twice.yaml:2:1: duplicate key 'seed'"),
-    ("run anchor.yaml", 2, "anchor.yaml:1:7: anchor '&a' is not supported"),
+    ("run anchor.yaml", 2, "anchor.yaml:1:7: anchor"),
     ("run merge.yaml", 2, "merge key '<<' is not supported"),
     ("run outside.yaml", 2, "outside.yaml:1:6: out: expected a folder inside the current one"),
     ("run huge.yaml", 2, "larger than"),
@@ -318,8 +319,7 @@ def test_bad_input(arguments: str, code: int, message: str, shell: Shell) -> Non
     assert message in answer.err
     told = [line for line in answer.err.splitlines() if not line.endswith(": starts")]
     assert 1 <= len(told) <= 3
-    place = r"\S+\.yaml(:\d+:\d+)?: |-s "
-    assert re.match(f"error: |{place}", told[0]), "either kind of message, and no third"
+    assert re.match(r"error: |\S+: |-s \S+: ", told[0]), "an error, or the place of a mistake in a recipe"
     left = {path.name for path in Path().iterdir()} - set(before)
     assert left <= {"runs"} and not list(Path().rglob(artifact.MANIFEST))
 
@@ -408,7 +408,12 @@ def test_run_ends_with_the_table_of_the_evaluation_and_all_places(there: Shell) 
     for row in evaluation["rows"]:
         shown = f"{row['metrics']['fd@64']['value']:.3g} ["
         assert any(row["model"] in line and shown in line for line in answer.out.splitlines())
-    for place in ("pairs/ store.json", "reflow/ model.safetensors", "boss/ boss.safetensors", "grid.png"):
+    for place in (
+        "pairs/ journal.jsonl",
+        "reflow/ log.jsonl, model.safetensors",
+        "boss/ boss.safetensors",
+        "grid.png",
+    ):
         assert place in answer.out
 
 
@@ -491,7 +496,7 @@ def test_samples_are_the_solution_of_the_ode(shell: Shell) -> None:
         "sample", "analytic:gaussian", "--solver", "rk4", "--nfe", "256", "--count", "5", "--seed", "9", "-q"
     )
     found, _ = artifact.load_tensors(Path("runs/samples/samples.safetensors"))
-    exact = gaussian((2,)).flow_map(noise(9, range(5), (2,)), 1.0, 0.0)
+    exact = gaussian((2,)).flow_map(noise(9, range(5), (2,)))
     assert (found["samples"] - exact).abs().max() < 1e-4
 
 

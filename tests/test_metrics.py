@@ -75,16 +75,17 @@ def test_frechet_of_a_distribution_from_itself_is_nothing() -> None:
 
 
 def test_features_that_never_fire_do_not_disturb() -> None:
-    """Dead units have variance 0, in the reference or in the samples or in both."""
-    live = noise(0, range(800), (6,))
-    dead = torch.zeros(800, 3)
+    """Dead units have variance 0, in the reference or in the samples or in both; so have mixtures."""
+    live, turn = noise(0, range(800), (6,)).double(), rotation(9, 4)
     reference = metrics.Reference(torch.zeros(6), torch.eye(6))
-    padded = metrics.Reference(torch.zeros(9), torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0, 2])))
-    plain, found = reference.estimate(live), padded.estimate(torch.cat([live, dead], dim=1))
-    assert found.value == pytest.approx(plain.value + 2.0)
+    variances = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0, 2]).double()
+    padded = metrics.Reference(torch.zeros(9), turn @ torch.diag(variances) @ turn.T)
+    plain = reference.estimate(live)
+    found = padded.estimate(torch.cat([live, torch.zeros(800, 3)], dim=1) @ turn.T)
     # The unit that fires in the reference alone adds a constant, which has no error of its own.
-    error = [(e.high - e.low) / (4 * e.value**0.5) for e in (plain, found)]
-    assert error[1] * found.value**0.5 == pytest.approx(error[0] * plain.value**0.5, rel=1e-6)
+    assert found.value == pytest.approx(plain.value + 2.0)
+    reach = [(each.high**0.5 - each.low**0.5) * each.value**0.5 for each in (plain, found)]
+    assert reach[1] == pytest.approx(reach[0], rel=1e-5)
 
 
 def test_the_interval_is_that_of_a_jackknife() -> None:

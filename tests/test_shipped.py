@@ -38,9 +38,9 @@ def test_shipped_files_are_small_and_whole(path: Path) -> None:
     assert header
 
 
-@pytest.mark.parametrize("name", TEACHERS)
-def test_many_steps_classify_as_well_as_real_images(name: str) -> None:
-    """Within 3 points of real ones, on 400 samples of 16 steps."""
+@pytest.mark.parametrize(("name", "nearer"), [("shapes", 8), ("digits", 4)])
+def test_many_steps_classify_as_well_as_real_images(name: str, nearer: int) -> None:
+    """Within 3 points of real ones, on 400 samples of 16 steps, and far nearer to the data than one step."""
     model = open_model(f"builtin:{name}")
     read = extractors.extractor(model.card)
     assert read is not None
@@ -57,8 +57,8 @@ def test_many_steps_classify_as_well_as_real_images(name: str) -> None:
     assert metrics.accuracy(classes, labels).value > real - 0.03
     one_step = integrate(model.field, noise[:200], uniform(1), SOLVERS["euler"], labels[:200])
     blurred = read.reference.estimate(read.read(one_step)[0]).value
-    assert read.reference.estimate(features).value < blurred / 8
-    assert read.reference.estimate(real_features).value < blurred / 8
+    assert read.reference.estimate(features).value < blurred / nearer
+    assert read.reference.estimate(real_features).value < blurred / nearer
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -74,7 +74,9 @@ def test_weights_in_half_precision_move_samples_by_less_than_a_hundredth() -> No
     with torch.no_grad():
         for parameter in unrounded.network.parameters():
             unit = parameter.abs() * 2.0**-11
-            parameter += unit * (randomness.uniforms(2, "rounding", 0, parameter.numel()) - 0.5).view_as(parameter)
+            parameter += unit * (randomness.uniforms(2, "rounding", 0, parameter.numel()) - 0.5).view_as(
+                parameter
+            )
     noise, labels = randomness.noise(1, range(8), model.card.shape), model.labels(1, range(8))
     x, y = (integrate(m.field, noise, uniform(8), SOLVERS["euler"], labels) for m in (model, unrounded))
     assert 0 < float((x - y).abs().mean()) < 0.01

@@ -52,7 +52,9 @@ def test_pairs_of_a_gaussian_lie_on_its_flow_map(tmp_path: Path) -> None:
     assert torch.allclose(x0, gaussian((3,)).flow_map(eps), atol=2e-4)
     assert done.figures["nfe"] == 96
     assert sorted(done.outputs) == sorted(
-        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"
+        str(path.relative_to(tmp_path))
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name != ".lock"
     )
 
 
@@ -219,10 +221,12 @@ def test_the_cost_from_the_gram_matrix_is_the_direct_one(tmp_path: Path) -> None
     states: list[Tensor] = []
     speeds: list[Tensor] = []
     fine = uniform(12)
-    end = integrate(
-        model.field, noise, fine, SOLVERS["euler"], labels, lambda i, t, x, v: (states.append(x), speeds.append(v))
-    )
-    states.append(end)
+
+    def keep(i: int, t: float, x: Tensor, v: Tensor) -> None:
+        states.append(x)
+        speeds.append(v)
+
+    states.append(integrate(model.field, noise, fine, SOLVERS["euler"], labels, keep))
     for i in range(12):
         for j in range(i + 1, 13):
             jump = states[i] + (fine.times[j] - fine.times[i]) * speeds[i]

@@ -252,9 +252,10 @@ def test_labels_are_withheld_at_the_rate_that_was_asked() -> None:
 
 def test_classification_is_cross_entropy() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    drawn = Batch(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([0, 0]), 2, draws(0, 2, slice(0, 2)), 0.0)
+    x, labels = torch.zeros(2, 1), torch.tensor([0, 0])
+    drawn = Batch(x, x, labels, 2, draws(0, 2, slice(0, 2)), 0.0)
     loss, terms = Classification().per_sample(lambda x: logits, drawn)  # type: ignore[arg-type]
-    expected = torch.tensor([1 / (1 + 2.718281828 ** -2.0), 1 / (1 + 2.718281828)]).log().neg()
+    expected = torch.tensor([1 / (1 + 2.718281828**-2.0), 1 / (1 + 2.718281828)]).log().neg()
     assert torch.allclose(loss, expected, atol=1e-5)
     assert terms["accuracy"].tolist() == [1.0, 0.0]
 

@@ -1,9 +1,8 @@
 """What samples are compared in: features of the data that a model imitates, offline and labelled.
 
 Images of the package's own data sets have a small classifier, whose maps make the features and a
-perceptual distance. Vectors of closed-form flows are their own
-features. The figures are comparable within one data set and one extractor only, so the extractor's
-label stands with every one of them.
+perceptual distance. Vectors of closed-form flows are their own features. The figures are comparable
+within one data set and one extractor only, so the extractor's label stands with every one of them.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ class Classification(Settings):
         """Cross-entropy in nats, and whether the label was hit."""
         from torch.nn.functional import cross_entropy
 
+        assert batch.labels is not None
         logits = network(batch.x0)
         loss = cross_entropy(logits, batch.labels, reduction="none")
         return loss, {"accuracy": (logits.argmax(1) == batch.labels).float()}

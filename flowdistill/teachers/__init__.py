@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Reference = str | Mapping[str, Any]
-ANALYTIC: Mapping[str, tuple[str, int]] = {"gaussian": ("dim", 2), "mixture": ("dim", 2), "ring": ("components", 8)}
+ANALYTIC: Mapping[str, tuple[str, int]] = {
+    "gaussian": ("dim", 2),
+    "mixture": ("dim", 2),
+    "ring": ("components", 8),
+}
 """Closed-form teachers: name -> their one option, an integer, and its default."""
 ASSETS = Path(str(resources.files("flowdistill"))) / "assets"
 DEFAULT = "shapes"
