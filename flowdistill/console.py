@@ -26,7 +26,7 @@ LINE_EVERY_SECONDS = 30.0
 """Where stderr is no terminal."""
 REDRAW_EVERY_SECONDS = 0.1
 _WIDTH_OF_FILES = 200
-_NAMED_AT_MOST = 4
+_NAMED_AT_MOST = 3
 _LONG = 80
 """Mappings that take more characters are printed over several lines."""
 
@@ -265,7 +265,8 @@ def _listed(names: Sequence[str]) -> str:
 def _evaluation(finished: Finished) -> None:
     rows = evaluation.table(artifact.load_json(finished.folder / "eval.json"))
     headings = [name for name in rows[0] if any(row[name] for row in rows)]
-    table(headings, [[row[name] for name in headings] for row in rows])
+    words = [name.replace("_", " ").replace("@", " @") for name in headings]
+    table(words, [[row[name] for name in headings] for row in rows])
 
 
 def _schedules(finished: Finished) -> None:

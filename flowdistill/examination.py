@@ -81,11 +81,12 @@ def _folder(out: Path) -> Finding:
 def _shipped() -> Iterator[Finding]:
     if not (teachers.ASSETS / f"{teachers.DEFAULT}.safetensors").is_file():
         yield Finding(f"builtin {teachers.DEFAULT}", "broken", f"missing in {teachers.ASSETS}")
-    for file in sorted(teachers.ASSETS.glob("*.safetensors")):
+    models = [file for file in teachers.ASSETS.glob("*.safetensors") if not file.stem.endswith("-data")]
+    for file in sorted(models):
         try:
             sha, size = artifact.sha256(file), file.stat().st_size
             artifact.load_tensors(file)
-            yield Finding(f"builtin {file.stem}", "ok", f"sha256 {sha}, {size / 1e6:.2f} MB")
+            yield Finding(f"builtin {file.stem}", "ok", f"{size / 1e6:.2f} MB, sha256 {sha[:16]}…")
         except FlowdistillError as error:
             yield Finding(f"builtin {file.stem}", "broken", str(error).partition("\n")[0])
 

@@ -175,7 +175,6 @@ class State:
         self.window = Window(header["window"])
         return dict(header["scaler"])
 
-
     def _moments(self, named: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """The optimizer's state by parameter, each moment laid out in memory as its parameter is.
 
@@ -293,9 +292,7 @@ def fit(stage: Training, work: Work) -> Done:
     return _finish(stage, work, student, state, figures, started, first)
 
 
-def _batches(
-    stage: Training, work: Work, classes: int, accelerator: Any, first: int
-) -> Iterator[Batch]:
+def _batches(stage: Training, work: Work, classes: int, accelerator: Any, first: int) -> Iterator[Batch]:
     """This process's part of each remaining batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     if stage.batch_size % world:

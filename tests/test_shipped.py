@@ -69,7 +69,7 @@ def test_a_classifier_tells_unseen_images(name: str) -> None:
 
 
 def test_weights_in_half_precision_move_samples_by_less_than_a_hundredth() -> None:
-    """The shipped weights are float16 exactly; what they were rounded from lies within half a unit of them."""
+    """The shipped weights are float16 exactly; what they were rounded from lies within half a unit."""
     model, unrounded = open_model("builtin:shapes"), open_model("builtin:shapes")
     with torch.no_grad():
         for parameter in unrounded.network.parameters():

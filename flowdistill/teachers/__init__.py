@@ -103,7 +103,7 @@ class Model:
         return velocity
 
     def labels(self, seed: int, indices: Sequence[int]) -> Tensor | None:
-        """Labels [B] of samples, each a function of (seed, index), all classes alike; None without classes."""
+        """Labels [B] of samples, each a function of (seed, index) alone; None without classes."""
         from flowdistill import randomness
 
         if not self.card.classes:
