@@ -39,7 +39,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "integrate",
         "x.element_size() < 4  ->  x.element_size() <= 4",
     ): "float() of float32 is the same tensor",
-    ("solvers", "integrate", "4  ->  5"): "float() of float32 is the same tensor",
+    (
+        "solvers",
+        "integrate",
+        "x.element_size() < 4  ->  x.element_size() < 5",
+    ): "float() of float32 is the same tensor",
     (
         "objectives",
         "PseudoHuber.__call__",
@@ -216,11 +220,13 @@ def mutants(module: str) -> list[Mutant]:
     found: dict[str, Mutant] = {}
     for parent, field, index, node, function in list(places(tree)):
         for replacement in replacements(node):
+            in_parent = isinstance(node, ast.Constant)  # a bare number does not say where it stands
+            before = ast.unparse(parent if in_parent else node)
             put(parent, field, index, replacement)
             source = ast.unparse(ast.fix_missing_locations(tree))
+            change = f"{before}  ->  {ast.unparse(parent if in_parent else replacement)}"
             put(parent, field, index, node)
             line = getattr(node, "lineno", 0)
-            change = f"{ast.unparse(node)}  ->  {ast.unparse(replacement)}"
             if source != original:
                 found.setdefault(source, Mutant(module, function, line, change, source))
     return list(found.values())

@@ -84,7 +84,7 @@ class ArtifactError(FlowdistillError):
 
 
 class ResourceError(FlowdistillError):
-    """Memory or disk ran out, or a folder cannot be written."""
+    """Memory or disk ran out, or the disk fails."""
 
     exit_code = 5
 
