@@ -27,35 +27,27 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("flow", "solvers", "schedule", "objectives")
 GOAL = 0.90
 
-SYMMETRIC = "the loss squares the difference of the two"
-EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "flow",
-        "",
-        "TypeVar('Time', float, 'Tensor')  ->  TypeVar(float, 'Time', 'Tensor')",
-    ): "only type checkers read it",
-    (
-        "solvers",
-        "integrate",
-        "x.element_size() < 4  ->  x.element_size() <= 4",
-    ): "float() of float32 is the same tensor",
-    (
-        "solvers",
-        "integrate",
-        "x.element_size() < 4  ->  x.element_size() < 5",
-    ): "float() of float32 is the same tensor",
-    (
-        "objectives",
-        "PseudoHuber.__call__",
-        "pseudo_huber(v_hat, v, self.c)  ->  pseudo_huber(v, v_hat, self.c)",
-    ): SYMMETRIC,
-    (
-        "objectives",
-        "LpipsHuber.__call__",
-        "pseudo_huber(v_hat, v)  ->  pseudo_huber(v, v_hat)",
-    ): SYMMETRIC,
+TYPES_ONLY = "only type checkers read it"
+SAME_TENSOR = "float() of float32 is the tensor itself"
+SYMMETRIC = "the difference of the two is squared"
+LAST_AXIS = "axis 1 of two is the last one"
+EQUIVALENT = {
+    "flow : TypeVar('Time', float, 'Tensor')  ->  TypeVar(float, 'Time', 'Tensor')": TYPES_ONLY,
+    "solvers integrate: x.element_size() < 4  ->  x.element_size() <= 4": SAME_TENSOR,
+    "solvers integrate: x.element_size() < 4  ->  x.element_size() < 5": SAME_TENSOR,
+    "schedule bellman: axis=1  ->  axis=-1": LAST_AXIS,
+    "schedule local_cost: axis=1  ->  axis=-1": LAST_AXIS,
+    "objectives SquaredL2.__call__: (v_hat - v).square().flatten(1).mean(1)"
+    "  ->  (v_hat - v).square().flatten(1).mean(-1)": LAST_AXIS,
+    "objectives PseudoHuber.__call__: pseudo_huber(v_hat, v, self.c)"
+    "  ->  pseudo_huber(v, v_hat, self.c)": SYMMETRIC,
+    "objectives LpipsHuber.__call__: pseudo_huber(v_hat, v)  ->  pseudo_huber(v, v_hat)": SYMMETRIC,
+    "objectives pseudo_huber: squares.shape[1]  ->  squares.shape[-1]": LAST_AXIS,
+    "objectives pseudo_huber: squares.sum(1)  ->  squares.sum(-1)": LAST_AXIS,
+    "objectives wcfm_weight: squares.shape[1]  ->  squares.shape[-1]": LAST_AXIS,
+    "objectives wcfm_weight: squares.sum(1)  ->  squares.sum(-1)": LAST_AXIS,
 }
-"""(module, function, change) -> why no test could tell it from the original."""
+"""Mutants that no test could tell from the original, and why."""
 
 SWAPPED_OPERATORS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Add: (ast.Sub,),
@@ -99,8 +91,8 @@ class Mutant:
     source: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.module, self.function, self.change
+    def name(self) -> str:
+        return f"{self.module} {self.function}: {self.change}"
 
 
 @singledispatch
@@ -301,11 +293,11 @@ def judge(folder: Path, module: str) -> tuple[int, int, list[Mutant]]:
     killed, equivalent = 0, 0
     survivors: list[Mutant] = []
     for mutant in mutants(module):
-        if mutant.key in EQUIVALENT:
+        if mutant.name in EQUIVALENT:
             equivalent += 1
         elif survives(folder, module, mutant.source, limit_s):
             survivors.append(mutant)
-            print(f"survived {module}.py:{mutant.line} {mutant.function}: {mutant.change}", flush=True)
+            print(f"survived line {mutant.line}, {mutant.name}", flush=True)
         else:
             killed += 1
     (folder / "flowdistill" / f"{module}.py").write_text(original)

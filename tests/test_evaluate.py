@@ -405,7 +405,7 @@ def test_the_table(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"nfe": {"teacher": [1, 3], "still": [1]}, "solver": "heun"}
     found = evaluate(tmp_path / "eval", models, latency=True, **settings)
     rows = table(found.content)
-    headings = ["model", "NFE", "steps", "fd@600", "endpoint_error@512", "curvature@16", "ms"]
+    headings = ["model", "NFE", "steps", "fd@600", "endpoint_error@512", "ms"]
     assert all(list(row) == headings for row in rows)
     names = [(row["model"], row["NFE"], row["steps"]) for row in rows]
     assert names == [
@@ -417,7 +417,6 @@ def test_the_table(tmp_path: Path) -> None:
     distance = found.rows["teacher-3-heun"]["metrics"]["fd@600"]
     assert rows[2]["fd@600"] == "{value:.3g} [{low:.3g}, {high:.3g}]".format(**distance)
     assert rows[0]["endpoint_error@512"] == rows[0]["ms"] == ""
-    assert rows[3]["curvature@16"] == ""
     assert float(rows[1]["ms"]) > 0
     assert found.figures["still-1-heun"]["fd@600"] == pytest.approx(
         found.rows["still-1-heun"]["metrics"]["fd@600"]["value"]

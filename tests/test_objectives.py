@@ -271,8 +271,8 @@ def test_losses_say_whether_they_need_a_distance() -> None:
 
 
 def test_wcfm_weights_by_hand() -> None:
-    x0 = torch.zeros(3, 1, 2, 2, dtype=torch.float64)
-    eps = torch.tensor([1.0, 2.0, 4.0]).double().reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
+    x0 = torch.full((3, 1, 2, 2), 0.3, dtype=torch.float64)
+    eps = x0 + torch.tensor([1.0, 2.0, -4.0]).double().reshape(3, 1, 1, 1)
     raw = torch.tensor([math.exp(-2 * length / (0.5 * 2)) for length in (1, 2, 4)]).double()
     torch.testing.assert_close(wcfm_weight(x0, eps, kappa=0.5), raw / raw.mean())
 

@@ -192,7 +192,7 @@ def test_a_student_starts_as_its_teacher(tmp_path: Path) -> None:
 
 def test_a_teacher_without_weights_needs_a_described_student(tmp_path: Path) -> None:
     stage = make(Reflow, steps=1)
-    with pytest.raises(UsageError, match="reflow.network: 'gaussian' has no weights"):
+    with pytest.raises(UsageError, match="reflow.network: 'analytic:gaussian' has no weights"):
         stage.student(work(tmp_path, stage, {"init": GAUSSIAN}))
 
 
