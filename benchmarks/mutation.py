@@ -277,8 +277,8 @@ def run_tests(folder: Path, module: str) -> None:
         os.dup2(silence, 2)
         sys.path.insert(0, str(folder))
         plugins = ["-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin"]
-        options = ["-x", "--assert=plain", *plugins, "--hypothesis-profile=mutation"]
-        code = int(pytest.main([*options, f"tests/test_{module}.py"]))
+        options = ["-o", "addopts=", "-x", "--assert=plain", "--hypothesis-profile=mutation"]
+        code = int(pytest.main([*options, *plugins, f"tests/test_{module}.py"]))
     finally:
         os._exit(code)
 

@@ -343,7 +343,7 @@ class Manifest(BaseModel):
     what was measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     format: int = FORMAT
     stage: str

@@ -56,7 +56,7 @@ _NUMPY = {
 class PairSpec(BaseModel):
     """What the pairs of a store are; two stores of one spec hold the same pairs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     count: PositiveInt
     shape: tuple[PositiveInt, ...] = Field(min_length=1)
