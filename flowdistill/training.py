@@ -250,7 +250,10 @@ def fit(stage: Training, work: Work) -> Done:
     `Interrupted` after a signal, with the state saved.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps one precision for the whole process, but each stage of a recipe has its own.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=work.device == "cpu", mixed_precision=_MIXED[stage.precision])
     student = stage.student(work)
     network = student.network.to(accelerator.device).train()

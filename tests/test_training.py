@@ -103,6 +103,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         run(tmp_path, train(batch_size=16))
 
 
+def test_stages_of_one_process_have_their_own_precision(tmp_path: Path) -> None:
+    exact, rounded = (run(tmp_path / name, train(precision=name)) for name in ("fp32", "bf16"))
+    losses = [json.loads(found[LOG].splitlines()[0])["loss"] for found in (exact, rounded)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_the_log_has_a_line_for_each_window_and_the_last_step(tmp_path: Path) -> None:
     run(tmp_path, train())
     lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
