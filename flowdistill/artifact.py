@@ -361,7 +361,7 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Identity of the artifact: of its outputs, and of nothing that varies between runs."""
+        """Identity of the artifact: the digest of its outputs, without dates, versions and figures."""
         return digest(self.outputs)
 
     def write(self, folder: Path) -> None:

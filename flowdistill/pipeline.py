@@ -147,7 +147,7 @@ class Pipeline:
                     continue
                 if not fresh:
                     _refuse([standing])
-                elif standing.conflicts or name in redo:
+                elif standing.conflicts or name in redo or standing.state == "partial":
                     _set_aside(standing.folder)
                 stop.check()
                 manifest = self._do(name, device, observe, stop)
@@ -163,7 +163,9 @@ class Pipeline:
         started = datetime.now(UTC)
         artifact.create_folder(folder)
         artifact.sweep(folder)
-        artifact.save_json(folder / STARTED, {"settings": settings, "inputs": parents})
+        begun = {"settings": settings, "inputs": parents, "seed": self.recipe.seed, "device": device}
+        _same_device(folder, device)
+        artifact.save_json(folder / STARTED, begun)
         observe(Started(name, stage.verb))
         seed = randomness.key(self.recipe.seed, name)
         work = Work(
@@ -200,13 +202,14 @@ class Pipeline:
         inputs = {field: _spoken(reference) for field, reference in references.items()}
         manifest = _manifest(folder)
         if manifest is not None:
-            before: Mapping[str, Any] = {"settings": manifest.settings, "inputs": manifest.inputs}
+            before: Mapping[str, Any] = manifest.model_dump(include={"settings", "inputs", "seed"})
             state: State = "done"
         elif (folder / STARTED).is_file():
             before, state = artifact.load_json(folder / STARTED), "partial"
         else:
             return Standing(name, stage.verb, folder, "missing", inputs)
-        conflicts = _differences(before["settings"], self.recipe.settings_json(name))
+        conflicts = _differences({"seed": before["seed"]}, {"seed": self.recipe.seed})
+        conflicts += _differences(before["settings"], self.recipe.settings_json(name))
         waits = [
             f"input {e} is {earlier[e].state}" for e in self._needed(name)[:-1] if earlier[e].state != "done"
         ]
@@ -246,7 +249,9 @@ class Pipeline:
                 manifest = _manifest(self.out / reference)
                 parents[reference] = manifest.digest if manifest else "not done"
             else:
-                parents[reference] = teachers.identify(self._locations(reference))
+                location = self._locations(reference)
+                found = _manifest(Path(location)) if isinstance(location, str) else None
+                parents[reference] = found.digest if found else teachers.identify(location)
         return parents
 
 
@@ -295,6 +300,17 @@ def _refuse(standings: list[Standing]) -> None:
     if lines:
         fix = "fix: add --fresh to make it anew (what is there is kept beside), or choose another --out"
         raise UsageError("\n".join([*lines, fix]))
+
+
+def _same_device(folder: Path, device: str) -> None:
+    """Refuse to continue on another device: the bytes would be neither those of the one nor of the other."""
+    if (folder / STARTED).is_file() and not (folder / artifact.MANIFEST).exists():
+        before = artifact.load_json(folder / STARTED)["device"]
+        if before != device:
+            raise UsageError(
+                f"{folder}: begun on {before}, this is {device}\n"
+                f"continue with --device {before}, or start over with --fresh"
+            )
 
 
 def _set_aside(folder: Path) -> None:

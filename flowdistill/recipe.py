@@ -118,7 +118,7 @@ class _Head(Settings):
     )
     teacher: Annotated[str, Field(min_length=1)] | Teacher = Field(
         "builtin:shapes",
-        description="builtin:NAME, analytic:NAME, diffusers:ID, or a path relative to the recipe",
+        description="builtin:NAME, analytic:NAME, or a path relative to the recipe",
     )
     stages: list[Any] = Field(
         min_length=1, description="what is done, in order: each item is a verb and its settings"

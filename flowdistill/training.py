@@ -34,6 +34,7 @@ CHECKPOINT = "checkpoints/last.safetensors"
 LOG = "log.jsonl"
 MODEL = "model.safetensors"
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ class Draws:
     device: torch.device
 
     def uniform(self, purpose: str) -> Tensor:
-        """[B] in (0, 1), float64."""
-        drawn = randomness.uniforms(self.seed, purpose, self.step, self.total)
-        return drawn[self.part].to(self.device)
+        """[B] in [0, 1), float64, on the CPU: not every device has this type."""
+        return randomness.uniforms(self.seed, purpose, self.step, self.total)[self.part]
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """[B, *shape] standard normal, float32."""
@@ -258,7 +258,8 @@ def fit(stage: Training, work: Work) -> Done:
     student = stage.student(work)
     network = student.network.to(accelerator.device).train()
     state = State(network, make_optimizer(stage.optimizer, network), stage.ema)
-    key = artifact.digest({"settings": dict(work.settings), "parents": dict(work.parents)})
+    made_from = {"settings": dict(work.settings), "parents": dict(work.parents), "seed": work.seed}
+    key = artifact.digest(made_from)
     path = work.folder / CHECKPOINT
     artifact.create_folder(path.parent)
     scaler = state.load(path, key) if path.exists() else {}
@@ -355,4 +356,4 @@ def _finish(
         "seconds": seconds,
     }
     size = {"parameters": sum(p.numel() for p in student.network.parameters())}
-    return Done((MODEL, LOG), {**figures, **measured, **size, **rates}, stage.precision)
+    return Done((MODEL, LOG), {**figures, **measured, **size, **rates}, _DTYPES[stage.precision])

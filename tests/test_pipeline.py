@@ -201,3 +201,43 @@ def test_a_command_means_a_stage(recipe: Path, verb: Any, stage: Any, found: Any
 def test_a_command_that_means_no_stage_says_so(recipe: Path, verb: str, stage: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         pipeline(recipe).select(verb, stage)
+
+
+def test_another_seed_is_another_artifact(recipe: Path) -> None:
+    run(pipeline(recipe))
+    other = pipeline(recipe, "seed=5")
+    assert other.status()[0].conflicts == ("seed: 0 -> 5",)
+    with pytest.raises(UsageError, match="seed: 0 -> 5"):
+        run(other)
+    assert run(other, fresh=True) == ["pairs", "reflow", "more", "boss"]
+
+
+def test_inputs_may_be_folders_of_other_runs(recipe: Path) -> None:
+    run(pipeline(recipe))
+    text = RECIPE.replace("reflow: {", f"reflow: {{pairs: {recipe.parent}/out/pairs, ").split(
+        "  - pairs: {name: more"
+    )[0]
+    elsewhere = recipe.with_name("elsewhere.yaml")
+    elsewhere.write_text(
+        text.replace("  - pairs: {count: 64, steps: 2, batch_size: 32, shard_size: 32}\n", "")
+    )
+    made = Pipeline(load(elsewhere, verbs(), (), recipe.parent / "elsewhere"))
+    assert run(made) == ["reflow"]
+    here = artifact.Manifest.read(recipe.parent / "elsewhere" / "reflow")
+    assert list(here.inputs.values())[0] == artifact.Manifest.read(recipe.parent / "out" / "pairs").digest
+
+
+def test_an_interrupted_stage_is_not_continued_on_another_device(recipe: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Advanced):
+            raise KeyboardInterrupt
+
+    made = pipeline(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        made.run("pairs", only=False, fresh=False, device="cpu", observe=interrupt, stop=Stop())
+    begun = recipe.parent / "out" / "pairs" / "started.json"
+    content = artifact.load_json(begun)
+    artifact.save_json(begun, {**content, "device": "cuda"})
+    with pytest.raises(UsageError, match="begun on cuda, this is cpu"):
+        run(made)
+    assert run(made, fresh=True)[0] == "pairs"

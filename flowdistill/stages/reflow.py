@@ -86,7 +86,7 @@ class Reflow(Training):
         """The premetric between v_hat(x_t, t) and eps - x0 at a U-shaped t."""
         from flowdistill import flow
 
-        t = self.timesteps.from_uniform(batch.draw.uniform("timesteps")).to(batch.x0.dtype)
+        t = self.timesteps.from_uniform(batch.draw.uniform("timesteps")).to(batch.x0)
         x_t = flow.interpolate(batch.x0, batch.eps, t)
         v_hat = network(x_t, t, batch.labels)
         return self.loss(v_hat, flow.velocity(batch.x0, batch.eps), x_t, t, batch.perceptual)

@@ -42,7 +42,7 @@ class FlowMatching(Settings):
         """||v_hat - v||^2 / d, weighted."""
         from flowdistill import flow
 
-        t = self.timesteps.from_uniform(batch.draw.uniform("timesteps")).to(batch.x0.dtype)
+        t = self.timesteps.from_uniform(batch.draw.uniform("timesteps")).to(batch.x0)
         x_t = flow.interpolate(batch.x0, batch.eps, t)
         v_hat = network(x_t, t, self._labels(batch))
         loss, _ = SquaredL2()(v_hat, flow.velocity(batch.x0, batch.eps), x_t, t, None)
@@ -55,7 +55,7 @@ class FlowMatching(Settings):
         if batch.labels is None or not self.label_dropout:
             return batch.labels
         withheld = batch.draw.uniform("label dropout") < self.label_dropout
-        return batch.labels.masked_fill(withheld, batch.classes)
+        return batch.labels.masked_fill(withheld.to(batch.labels.device), batch.classes)
 
 
 class Classification(Settings):

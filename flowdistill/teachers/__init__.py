@@ -121,6 +121,9 @@ def locate(reference: str) -> Path:
             raise UsageError(unknown("built-in teacher", name, known))
         return ASSETS / f"{name}.safetensors"
     path = Path(reference)
+    scheme, colon, _ = reference.partition(":")
+    if colon and not path.exists():
+        raise UsageError(unknown("kind of teacher", scheme, ("builtin", "analytic")) + ", or give a path")
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
