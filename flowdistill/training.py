@@ -202,7 +202,7 @@ class Window:
 
     def take(self) -> dict[str, float]:
         """Means so far; starts a new window."""
-        count = self.sums.pop("count")
+        count = self.sums.pop("count", 1.0)
         means = {name: total / count for name, total in sorted(self.sums.items())}
         self.sums = {}
         return means
@@ -258,8 +258,7 @@ def fit(stage: Training, work: Work) -> Done:
     student = stage.student(work)
     network = student.network.to(accelerator.device).train()
     state = State(network, make_optimizer(stage.optimizer, network), stage.ema)
-    made_from = {"settings": dict(work.settings), "parents": dict(work.parents), "seed": work.seed}
-    key = artifact.digest(made_from)
+    key = artifact.digest([dict(work.settings), dict(work.parents), work.seed])
     path = work.folder / CHECKPOINT
     artifact.create_folder(path.parent)
     scaler = state.load(path, key) if path.exists() else {}
@@ -282,7 +281,8 @@ def fit(stage: Training, work: Work) -> Done:
         terms = _update(stage, wrapped, optimizer, batch, accelerator)
         state.step += 1
         state.update_average()
-        state.window.add(terms)
+        if math.isfinite(terms["grad_norm"]):  # else the loss scaler has skipped the step
+            state.window.add(terms)
         if state.step % stage.log_every == 0 or state.step == stage.steps:
             figures = state.window.take()
             log.add(state.step, {**figures, "lr": rate})
@@ -324,10 +324,9 @@ def _update(
     means = torch.stack([loss.detach().mean(), *(term.detach().mean() for term in terms.values())])
     shown = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
     shown["grad_norm"] = float(norm)
-    # A loss scaler meets infinite gradients by design and skips such steps itself.
-    if not math.isfinite(shown["loss"]) or (
-        accelerator.scaler is None and not math.isfinite(shown["grad_norm"])
-    ):
+    # A loss scaler meets infinite gradients by design.
+    judged = ("loss",) if accelerator.scaler else ("loss", "grad_norm")
+    if not all(math.isfinite(shown[name]) for name in judged):
         raise Diverged(
             f"training diverged at step {batch.draw.step}: loss {shown['loss']}, gradient norm "
             f"{shown['grad_norm']}; lower optimizer.lr or set optimizer.clip (the last checkpoint is intact)"
