@@ -41,7 +41,7 @@ class _Stopped(BaseException):
     """
 
 
-class Session:
+class Invocation:
     """One command: how it was called, and what the shell has asked of it since."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -76,9 +76,11 @@ class Session:
 
 
 @contextmanager
-def signals(session: Session) -> Iterator[None]:
-    """Hand SIGINT and SIGTERM to the session."""
-    before = {number: signal.signal(number, session.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+def signals(invocation: Invocation) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM to the invocation."""
+    before = {
+        number: signal.signal(number, invocation.on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -86,7 +88,7 @@ def signals(session: Session) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def guard(action: Callable[[], int], session: Session) -> int:
+def guard(action: Callable[[], int], invocation: Invocation) -> int:
     """Exit code of `action`, whatever it raises, which is told on stderr."""
     try:
         code = action()
@@ -98,12 +100,12 @@ def guard(action: Callable[[], int], session: Session) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE
     except BaseException as error:
-        cut_short = session.signum and session.stop is None  # whatever an import made of it
+        cut_short = invocation.signum and invocation.stop is None  # whatever an import made of it
         if cut_short or isinstance(error, Interrupted | _Stopped):
-            tell(session.farewell())
-            return 128 + session.signum
+            tell(invocation.farewell())
+            return 128 + invocation.signum
         message, code = describe(error)
-        if session.verbose:
+        if invocation.verbose:
             traceback.print_exception(error)
         tell(message)
         return code

@@ -16,18 +16,18 @@ import pytest
 import torch
 
 from flowdistill import artifact, errors
-from flowdistill.boundary import Session, guard
+from flowdistill.boundary import Invocation, guard
 from flowdistill.cli import execute
 from flowdistill.work import Stop
 
 ROOT = Path(__file__).parents[1]
 
 
-def guarded(error: BaseException, session: Session | None = None) -> int:
+def guarded(error: BaseException, invocation: Invocation | None = None) -> int:
     def fail() -> int:
         raise error
 
-    return guard(fail, session or Session([]))
+    return guard(fail, invocation or Invocation([]))
 
 
 # Errors ----------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_every_error_has_a_message_and_an_exit_code(
 
 
 def test_memory_is_really_refused_with_that_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert guard(lambda: len(torch.empty(2**60, dtype=torch.uint8)), Session([])) == 5
+    assert guard(lambda: len(torch.empty(2**60, dtype=torch.uint8)), Invocation([])) == 5
     assert "memory is full" in capsys.readouterr().err
 
 
@@ -99,7 +99,7 @@ def test_warnings_of_others_are_there_for_who_asks(monkeypatch: pytest.MonkeyPat
         execute(["inspect", "x", "-v"])
 
 
-# Signals: what they do to the session -----------------------------------------------------------------------
+# Signals: what they do to the invocation ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -139,19 +139,19 @@ def test_work_that_saves_is_asked_first_and_ended_by_the_second_signal(
         raise Ended(code)
 
     monkeypatch.setattr(os, "_exit", end)
-    session = Session(["run", "x.yaml"])
-    session.stop = Stop()
-    session.on_signal(signal.SIGINT, None)
-    assert session.stop.signum == signal.SIGINT
+    invocation = Invocation(["run", "x.yaml"])
+    invocation.stop = Stop()
+    invocation.on_signal(signal.SIGINT, None)
+    assert invocation.stop.signum == signal.SIGINT
     assert capfd.readouterr().err == "SIGINT: saving the state; once more ends at once\n"
     with pytest.raises(Ended, match="130"):
-        session.on_signal(signal.SIGINT, None)
+        invocation.on_signal(signal.SIGINT, None)
 
 
 def test_the_command_that_continues_is_told_as_it_has_to_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    session = Session(["run", "my recipe.yaml", "--fresh", "-s", "reflow.loss={name: squared-l2}"])
-    session.stop, session.signum = Stop(), signal.SIGTERM
-    assert guarded(errors.Interrupted(signal.SIGTERM), session) == 143
+    invocation = Invocation(["run", "my recipe.yaml", "--fresh", "-s", "reflow.loss={name: squared-l2}"])
+    invocation.stop, invocation.signum = Stop(), signal.SIGTERM
+    assert guarded(errors.Interrupted(signal.SIGTERM), invocation) == 143
     expected = "continue: flowdistill run 'my recipe.yaml' -s 'reflow.loss={name: squared-l2}'\n"
     assert capsys.readouterr().err == f"interrupted by SIGTERM, the state is saved\n{expected}"
 
@@ -159,9 +159,9 @@ def test_the_command_that_continues_is_told_as_it_has_to_be_typed(capsys: pytest
 def test_an_error_after_a_signal_is_not_passed_off_as_an_interruption(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    session = Session(["run"])
-    session.stop, session.signum = Stop(), signal.SIGINT
-    assert guarded(errors.Diverged("not finite"), session) == 6
+    invocation = Invocation(["run"])
+    invocation.stop, invocation.signum = Stop(), signal.SIGINT
+    assert guarded(errors.Diverged("not finite"), invocation) == 6
     assert capsys.readouterr().err == "error: not finite\n"
 
 

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from flowdistill import artifact, stages
-from flowdistill.boundary import Session
+from flowdistill.boundary import Invocation
 from flowdistill.cli import execute, options
 from flowdistill.cli.application import application, stage_verbs
 
@@ -161,7 +161,7 @@ def parse(arguments: list[str]) -> None:
     while isinstance(group, typer.core.TyperGroup):
         name, *arguments = arguments
         group = group.commands[name]
-    group.make_context(group.name, arguments, obj=Session(arguments))
+    group.make_context(group.name, arguments, obj=Invocation(arguments))
 
 
 def test_without_a_command_the_help_is_shown(shell: Shell) -> None:

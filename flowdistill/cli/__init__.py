@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from flowdistill.boundary import Session, guard, signals
+from flowdistill.boundary import Invocation, guard, signals
 
 
 def main() -> None:
@@ -15,13 +15,13 @@ def main() -> None:
 
 def execute(arguments: Sequence[str]) -> int:
     """Do what the arguments say and return the exit code; nothing is raised."""
-    session = Session(arguments)
-    with signals(session):
-        return guard(lambda: _invoke(session), session)
+    invocation = Invocation(arguments)
+    with signals(invocation):
+        return guard(lambda: _invoke(invocation), invocation)
 
 
-def _invoke(session: Session) -> int:
+def _invoke(invocation: Invocation) -> int:
     # Within the boundary: even this import may be interrupted.
     from flowdistill.cli.application import invoke
 
-    return invoke(session)
+    return invoke(invocation)

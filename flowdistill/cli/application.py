@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from flowdistill import __version__
-from flowdistill.boundary import Session
+from flowdistill.boundary import Invocation
 from flowdistill.cli import looking, working
 from flowdistill.errors import UsageError
 
@@ -27,13 +27,13 @@ _WrongUsage: Any = typer.BadParameter.__base__
 _WIDTH = 100
 
 
-def invoke(session: Session) -> int:
-    """Do what the arguments of the session say; the exit code."""
+def invoke(invocation: Invocation) -> int:
+    """Do what the arguments of the invocation say; the exit code."""
     command = typer.main.get_command(application())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of other packages; -v shows them
         try:
-            code = command.main(session.arguments, "flowdistill", standalone_mode=False, obj=session)
+            code = command.main(invocation.arguments, "flowdistill", standalone_mode=False, obj=invocation)
         except _WrongUsage as error:
             context = error.ctx.command_path if error.ctx else "flowdistill"
             text = error.format_message()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowdistill.boundary import Session, tell
+from flowdistill.boundary import Invocation, tell
 from flowdistill.cli import options
 from flowdistill.cli.options import (
     Device,
@@ -251,7 +251,7 @@ def _labels(text: str | None) -> list[int]:
 
 
 def _work(
-    session: Session,
+    invocation: Invocation,
     pipeline: Pipeline,
     target: str | None,
     device: str,
@@ -266,7 +266,7 @@ def _work(
     from flowdistill.pipeline import Finished
     from flowdistill.work import Stop
 
-    session.stop = stop = Stop()
+    invocation.stop = stop = Stop()
     finished: list[Finished] = []
     with console.progress(quiet) as show:
 
