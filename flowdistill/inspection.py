@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowdistill import artifact, teachers
 from flowdistill.errors import ArtifactError, MissingInput
-from flowdistill.pipeline import STARTED
+from flowdistill.pipeline import STARTED, Pipeline
 from flowdistill.recipe import Recipe, load
 from flowdistill.stages import Stage, verbs
 
@@ -40,14 +39,12 @@ def describe(reference: str) -> Description:
     if not path.exists():
         raise MissingInput(f"{path}: no such file or folder")
     if path.suffix in (".yaml", ".yml"):
-        return Description(path, "recipe", recipe_facts(load(path, verbs())))
+        return Description(path, "recipe", recipe_facts(Pipeline(load(path, verbs())).recipe))
     return _json(path) if path.suffix == ".json" else _tensors(path)
 
 
 def recipe_facts(recipe: Recipe[Stage]) -> dict[str, Any]:
     """Seed, folder, teacher, and each stage with what its references lead to."""
-    if any("teacher" in _flat(fields) for fields in recipe.references.values()):
-        teachers.identify(recipe.teacher)
     stages = {
         stage.name: {
             "verb": stage.verb,
@@ -146,11 +143,3 @@ def _kind(found: artifact.Layout) -> str:
     return {"pairs": "shard of pairs", "schedule": "costs and paths of schedules"}.get(
         str(header.get("kind")), str(header.get("kind", "tensors"))
     )
-
-
-def _flat(fields: Mapping[str, Any]) -> list[str]:
-    """All names among resolved references, those in lists too."""
-    found: list[str] = []
-    for value in fields.values():
-        found += value if isinstance(value, tuple) else [value]
-    return found

@@ -85,7 +85,7 @@ class Pipeline:
         self.recipe = recipe
         self.out = recipe.out
         try:
-            teachers.identify(recipe.teacher)
+            self._teacher_digest = teachers.identify(recipe.teacher)
         except UsageError as error:
             raise RecipeError([recipe.problem("teacher", str(error))]) from None
         self.stages = {stage.name: stage for stage in recipe.stages}
@@ -248,10 +248,11 @@ class Pipeline:
             if reference in self.stages:
                 manifest = _manifest(self.out / reference)
                 parents[reference] = manifest.digest if manifest else "not done"
+            elif reference == TEACHER:
+                parents[reference] = self._teacher_digest
             else:
-                location = self._locations(reference)
-                found = _manifest(Path(location)) if isinstance(location, str) else None
-                parents[reference] = found.digest if found else teachers.identify(location)
+                manifest = _manifest(Path(reference))
+                parents[reference] = manifest.digest if manifest else teachers.identify(reference)
         return parents
 
 

@@ -15,7 +15,7 @@ from flowdistill import artifact
 from flowdistill.errors import ArtifactError, UsageError, unknown
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, Solver, integrate, nfe, steps_for
-from flowdistill.work import Progress
+from flowdistill.work import Progress, batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,9 +44,9 @@ class Rule:
         return nfe(self.solver, self.schedule)
 
 
-def stepwise(solver: str | None, evaluations: int) -> Rule:
+def stepwise(solver: str, evaluations: int) -> Rule:
     """Uniform steps that cost exactly so many evaluations."""
-    chosen = find_solver(solver or "euler")
+    chosen = find_solver(solver)
     return Rule(chosen, uniform(steps_for(chosen, evaluations)))
 
 
@@ -137,8 +137,7 @@ def _draw(
     from flowdistill import randomness
 
     drawn = []
-    for start in range(0, count, _BATCH):
-        indices = range(start, min(start + _BATCH, count))
+    for indices in batches(range(count), _BATCH):
         eps = randomness.noise(seed, indices, model.card.shape).to(model.device)
         y = None if label is None else label[indices.start : indices.stop].to(model.device)
         drawn.append(integrate(model.field, eps, rule.schedule, rule.solver, y).cpu())

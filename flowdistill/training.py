@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowdistill import artifact, randomness
 from flowdistill.errors import Diverged, UsageError
-from flowdistill.teachers import Model
+from flowdistill.teachers import Card, Model
 from flowdistill.work import Done, Progress
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def fit(stage: Training, work: Work) -> Done:
             state.save(path, key, accelerator.scaler.state_dict() if accelerator.scaler else {})
 
     started, first, figures = time.monotonic(), state.step, {}
-    for batch in _batches(stage, work, student.card.classes, accelerator, state.step):
+    for batch in _batches(stage, work, student.card, accelerator, state.step):
         rate = stage.optimizer.lr_at(state.step, stage.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -289,27 +289,26 @@ def fit(stage: Training, work: Work) -> Done:
         per_second = (state.step - first) * stage.batch_size / (time.monotonic() - started)
         shown = {"loss": terms["loss"], "images/s": per_second}
         work.report(Progress(state.step, stage.steps, "step", shown))
-        if work.stop.signum or state.step % stage.checkpoint_every == 0:
+        if work.stop.signum or state.step % stage.checkpoint_every == 0 or state.step == stage.steps:
             save()
         work.stop.check()
-    save()
     return _finish(stage, work, student, state, figures, started, first)
 
 
-def _batches(stage: Training, work: Work, classes: int, accelerator: Any, first: int) -> Iterator[Batch]:
+def _batches(stage: Training, work: Work, card: Card, accelerator: Any, first: int) -> Iterator[Batch]:
     """This process's part of each remaining batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     if stage.batch_size % world:
         raise UsageError(f"{work.stage}.batch_size: {stage.batch_size} does not divide by {world} processes")
     size = stage.batch_size // world
     part = slice(rank * size, (rank + 1) * size)
-    source, perceptual = stage.source(work), stage.perceptual(work)
+    source, perceptual = stage.source(work), stage.perceptual(card)
     for step in range(first, stage.steps):
         draw = Draws(work.seed, step, part, stage.batch_size, accelerator.device)
         x0, eps, labels = source.batch(draw)
         x0, eps = x0.to(draw.device), eps.to(draw.device)
         labels = None if labels is None else labels.to(draw.device)
-        yield Batch(x0, eps, labels, classes, draw, step / stage.steps, perceptual)
+        yield Batch(x0, eps, labels, card.classes, draw, step / stage.steps, perceptual)
 
 
 def _update(

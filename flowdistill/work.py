@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from flowdistill.teachers import Model
 
 Figures = dict[str, Any]
+
+
+def batches(indices: range, size: int) -> Iterator[range]:
+    """`indices` in pieces of `size`, the last of which may be shorter."""
+    return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
 @dataclass(frozen=True)

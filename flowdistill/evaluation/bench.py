@@ -21,7 +21,7 @@ from flowdistill.errors import Diverged
 from flowdistill.evaluation import extractors, metrics
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, Solver, integrate, nfe
-from flowdistill.work import Progress, Work
+from flowdistill.work import Progress, Work, batches
 
 if TYPE_CHECKING:
     from flowdistill.solvers import OnStep
@@ -273,8 +273,7 @@ class Bench:
         return {"p50_ms": middle, "p95_ms": late, "runs": len(runs) - 1}
 
     def _batches(self, count: int) -> Iterator[slice]:
-        size = self.plan.batch_size
-        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+        return (slice(part.start, part.stop) for part in batches(range(count), self.plan.batch_size))
 
     def _advance(self, evaluations: int) -> None:
         self.done += evaluations

@@ -23,6 +23,7 @@ from flowdistill.errors import ArtifactError
 from flowdistill.evaluation import metrics
 from flowdistill.networks.classifier import Classifier
 from flowdistill.teachers import Card
+from flowdistill.work import batches
 
 _BATCH = 500
 _NORM_FLOOR = 1e-6
@@ -86,8 +87,8 @@ def measure(network: nn.Module, data: Dataset, count: int) -> tuple[Tensor, Tens
     assert isinstance(network, Classifier)
     device = next(network.parameters()).device
     features, hits = [], []
-    for start in range(0, count, _BATCH):
-        x, labels = data.batch(torch.arange(start, min(start + _BATCH, count)))
+    for indices in batches(range(count), _BATCH):
+        x, labels = data.batch(torch.tensor(indices))
         found, classes = _read(network, x.to(device))
         features.append(found)
         hits.append(classes == labels)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flowdistill.objectives import Distance
-    from flowdistill.teachers import Model
+    from flowdistill.teachers import Card, Model
     from flowdistill.training import Batch, Source
 
 
@@ -110,8 +110,8 @@ class Training(Stage):
         """Where the batches come from."""
         raise NotImplementedError
 
-    def perceptual(self, work: Work) -> Distance | None:
-        """The perceptual distance, for a loss that needs one."""
+    def perceptual(self, card: Card) -> Distance | None:
+        """The perceptual distance for what the student makes, for a loss that needs one."""
         return None
 
     def per_sample(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from flowdistill.recipe import Reference
 from flowdistill.schedule import Schedule, bellman, local_cost, uniform
 from flowdistill.solvers import SOLVERS, integrate, nfe
 from flowdistill.stages import Stage
-from flowdistill.work import Done, Progress, Work
+from flowdistill.work import Done, Progress, Work, batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,9 +163,8 @@ class Boss(Stage):
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         from flowdistill import randomness
 
-        for start in range(first, first + count, self.batch_size):
+        for indices in batches(range(first, first + count), self.batch_size):
             meter.work.stop.check()
-            indices = range(start, min(start + self.batch_size, first + count))
             noise = randomness.noise(meter.work.seed, indices, model.card.shape)
             yield noise.to(meter.work.device), model.labels(meter.work.seed, indices)
 

@@ -6,7 +6,6 @@ whether it is made in one go or after any number of kills.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -15,7 +14,7 @@ from flowdistill import schedule
 from flowdistill.recipe import Reference
 from flowdistill.solvers import SOLVERS, SolverName, integrate, nfe
 from flowdistill.stages import Stage
-from flowdistill.work import Done, Progress, Work
+from flowdistill.work import Done, Progress, Work, batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +72,7 @@ class Pairs(Stage):
         with PairWriter(work.folder, spec) as writer:
             for shard in writer.missing():
                 parts = []
-                for part in _chunks(spec.indices(shard), self.batch_size):
+                for part in batches(spec.indices(shard), self.batch_size):
                     work.stop.check()
                     parts.append(self.solve(model, work, part))
                     made += len(part)
@@ -100,11 +99,6 @@ class Pairs(Stage):
         grid = GRIDS[self.schedule](self.steps)
         x0 = integrate(model.field, eps.to(work.device), grid, SOLVERS[self.solver], labels)
         return eps, x0.cpu(), None if labels is None else labels.cpu()
-
-
-def _chunks(indices: range, size: int) -> Iterator[range]:
-    for start in range(indices.start, indices.stop, size):
-        yield range(start, min(start + size, indices.stop))
 
 
 def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:

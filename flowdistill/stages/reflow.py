@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flowdistill.objectives import Distance
-    from flowdistill.teachers import Model
+    from flowdistill.teachers import Card, Model
     from flowdistill.training import Batch, Source
 
 
@@ -77,10 +77,10 @@ class Reflow(Training):
 
         return PairSource(work.pairs())
 
-    def perceptual(self, work: Work) -> Distance | None:
+    def perceptual(self, card: Card) -> Distance | None:
         from flowdistill.evaluation import extractors
 
-        return extractors.perceptual(work.model("init").card) if self.loss.needs_perceptual else None
+        return extractors.perceptual(card) if self.loss.needs_perceptual else None
 
     def per_sample(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The premetric between v_hat(x_t, t) and eps - x0 at a U-shaped t."""

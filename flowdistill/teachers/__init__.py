@@ -138,9 +138,7 @@ def identify(reference: Reference) -> str:
     name, options = _split(reference)
     if name.startswith("analytic:"):
         return artifact.digest({"analytic": name, **_size(name, options)})
-    if options:
-        raise UsageError(f"teacher {name}: takes no options, found {', '.join(map(repr, options))}")
-    return artifact.sha256(locate(name))
+    return artifact.sha256(_file(name, options))
 
 
 def open_model(reference: Reference, device: str = "cpu") -> Model:
@@ -149,10 +147,9 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
     Raises `UsageError` for unknown names and options, `MissingInput` where there is no file and
     `ArtifactError` where its content is not what its card says.
     """
-    digest = identify(reference)
     name, options = _split(reference)
     if not name.startswith("analytic:"):
-        return load(locate(name), device)
+        return load(_file(name, options), device)
     from flowdistill import analytic
 
     arguments = _size(name, options)
@@ -166,7 +163,7 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
         data=name,
         notes="closed form, no weights",
     )
-    return Model(card, flow.to(device), digest, device)
+    return Model(card, flow.to(device), identify(reference), device)
 
 
 def load(path: Path, device: str = "cpu") -> Model:
@@ -187,6 +184,13 @@ def load(path: Path, device: str = "cpu") -> Model:
         )
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
     return Model(card, network.to(device).eval().requires_grad_(False), digest, device)
+
+
+def _file(name: str, options: Mapping[str, Any]) -> Path:
+    """The file of a teacher that has one, and so no options."""
+    if options:
+        raise UsageError(f"teacher {name}: takes no options, found {', '.join(map(repr, options))}")
+    return locate(name)
 
 
 def _size(name: str, options: Mapping[str, Any]) -> dict[str, int]:
