@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -346,8 +346,8 @@ def _finish(
 ) -> Done:
     student.network.load_state_dict(state.average)
     measured = stage.conclude(student.network.eval())
-    card = student.card.model_copy(update={"figures": measured})
-    card.write(work.folder / MODEL, student.network.state_dict(), stage.weights)
+    finished = replace(student, card=student.card.model_copy(update={"figures": measured}))
+    finished.write(work.folder / MODEL, stage.weights)
     seconds = time.monotonic() - started
     rates = {
         "images_per_second": (state.step - first) * stage.batch_size / seconds,

@@ -9,7 +9,7 @@ optimum (hence LPIPS-Huber, Sec. 4.2). The student starts from the teacher's wei
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -46,14 +46,14 @@ class Reflow(Training):
     def student(self, work: Work) -> Model:
         import torch
 
-        from flowdistill import networks, randomness
+        from flowdistill import randomness, teachers
         from flowdistill.errors import UsageError
-        from flowdistill.teachers import Model
 
         start = work.model("init")
-        changes = {
+        changes: dict[str, Any] = {
             "parents": dict(work.parents),
             "settings": dict(work.settings),
+            "guidance": None,  # it is in the pairs
             "figures": {},
             "notes": "",
         }
@@ -61,16 +61,16 @@ class Reflow(Training):
             torch.manual_seed(randomness.key(work.seed, "weights"))
             changes["architecture"] = self.network.name
             changes["arguments"] = arguments(self.network, start.card.shape, start.card.classes)
-            card = start.card.model_copy(update=changes)
-            return Model(card, networks.build(card.architecture, card.arguments), digest="")
+            changes["convention"] = None
+            return teachers.new(start.card.model_copy(update=changes))
         if start.card.architecture == "analytic":
             raise UsageError(
                 f"{work.stage}.network: '{start.card.arguments['name']}' has no weights to start from; "
                 "describe the student, for example network: {name: mlp}"
             )
-        network = networks.build(start.card.architecture, start.card.arguments)
-        network.load_state_dict(start.network.state_dict())
-        return Model(start.card.model_copy(update=changes), network, digest="")
+        student = teachers.new(start.card.model_copy(update=changes))
+        student.network.load_state_dict(start.network.state_dict())
+        return student
 
     def source(self, work: Work) -> Source:
         from flowdistill.training import PairSource

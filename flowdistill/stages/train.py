@@ -90,11 +90,10 @@ class Train(Training):
     def student(self, work: Work) -> Model:
         import torch
 
-        from flowdistill import data, networks, randomness
-        from flowdistill.teachers import Card, Model
+        from flowdistill import data, randomness, teachers
 
         chosen = data.dataset(self.data)
-        card = Card(
+        card = teachers.Card(
             kind="classifier" if self.objective.name == "classification" else "velocity",
             architecture=self.network.name,
             arguments=arguments(self.network, chosen.shape, len(chosen.classes)),
@@ -106,7 +105,7 @@ class Train(Training):
             notes=self.notes,
         )
         torch.manual_seed(randomness.key(work.seed, "weights"))
-        return Model(card, networks.build(card.architecture, card.arguments), digest="")
+        return teachers.new(card)
 
     def source(self, work: Work) -> Source:
         from flowdistill import data

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
 from flowdistill import artifact
 from flowdistill.errors import ArtifactError, MissingInput, UsageError, unknown
-from flowdistill.recipe import Settings
+from flowdistill.guidance import Guidance
+from flowdistill.settings import Settings
+from flowdistill.teachers.cards import Card
+
+__all__ = ["ANALYTIC", "Card", "Model", "identify", "load", "locate", "new", "open_model"]
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,51 +38,6 @@ ASSETS = Path(str(resources.files("flowdistill"))) / "assets"
 DEFAULT = "shapes"
 
 
-class Card(Settings):
-    """What a model is: enough to rebuild, use and judge it from its one file."""
-
-    format: Literal[1] = 1
-    kind: Literal["velocity", "classifier"] = Field("velocity", description="what the network returns")
-    architecture: str = Field(description="file of flowdistill/networks that holds the class")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="its constructor's arguments")
-    shape: tuple[int, ...] = Field(description="shape of one sample, [C, H, W] for images")
-    classes: int = Field(0, ge=0, description="number of classes; 0 is unconditional")
-    data: str | None = Field(None, description="data set that the model imitates, where we can draw from it")
-    nfe: int | None = Field(None, description="number of evaluations that the model was trained for")
-    parents: dict[str, str] = Field(
-        default_factory=dict, description="SHA-256 of the artifacts it was made from"
-    )
-    settings: dict[str, Any] = Field(default_factory=dict, description="section of the recipe that made it")
-    licence: str = "Apache-2.0"
-    notes: str = ""
-    figures: dict[str, Any] = Field(
-        default_factory=dict, description="measured properties that belong to the file"
-    )
-
-    def write(self, path: Path, state: Mapping[str, Tensor], dtype: str = "float32") -> None:
-        """Write a model file: `state` in `dtype`, this card in the header."""
-        import torch
-
-        kept = {
-            name: value.to(getattr(torch, dtype)) if value.is_floating_point() else value
-            for name, value in state.items()
-        }
-        artifact.save_tensors(path, kept, self.model_dump(mode="json"))
-
-    @classmethod
-    def parse(cls, header: Mapping[str, Any], path: Path) -> Card:
-        """The card of a model file's header."""
-        try:
-            return cls.model_validate_json(json.dumps(header))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(
-                f"{path}: not a flowdistill model, header key '{where}': {first['msg']}; "
-                "`flowdistill inspect` shows what the file is"
-            ) from error
-
-
 @dataclass(frozen=True)
 class Model:
     """A network that is used as velocity field `(x [B, *shape], t [B], labels [B] | None) -> [B, *shape]`."""
@@ -87,20 +46,37 @@ class Model:
     network: nn.Module
     digest: str
     device: str = "cpu"
+    probe: bool = False
+    """Whether it has to prove itself before compute is spent on it."""
 
     @property
     def field(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """The velocity field, for solvers: no dropout, no gradient."""
+        """The velocity field, for solvers: guided as the card says, no dropout, no gradient."""
         import torch
 
-        network = self.network.eval()
+        network, guidance = self.network.eval(), self.card.guidance
 
         def velocity(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
             with torch.inference_mode():
                 v: Tensor = network(x, t, labels)
-            return v
+                if guidance is None or labels is None or not guidance.needs_null:
+                    return v
+                if not guidance.applies(t).any():
+                    return v
+                return guidance.combine(v, network(x, t, self.null(labels)), t)
 
         return velocity
+
+    @property
+    def weights(self) -> nn.Module:
+        """The network under its maker's names, without what makes it canonical."""
+        inner: nn.Module = getattr(self.network, "network", self.network)
+        return inner
+
+    def null(self, labels: Tensor) -> Tensor | None:
+        """What stands for no condition in place of `labels` [B]."""
+        null = self.card.null_label
+        return None if null is None else labels.new_full(labels.shape, null)
 
     def labels(self, seed: int, indices: Sequence[int]) -> Tensor | None:
         """Labels [B] of samples, each a function of (seed, index) alone; None without classes."""
@@ -110,6 +86,31 @@ class Model:
             return None
         drawn = randomness.integers(seed, "labels", indices, self.card.classes)
         return drawn.to(self.device)
+
+    def write(self, path: Path, dtype: str | None = "float32") -> None:
+        """Write the model's file, its weights in `dtype` or, with None, each as it is."""
+        self.card.write(path, self.weights.state_dict(), dtype)
+
+
+class Options(Settings):
+    """What a recipe can say of a teacher that has a file: `teacher: {name: PATH, guidance: {scale: 2}}`."""
+
+    guidance: Guidance | None = Field(None, description="in place of the card's")
+    probe: bool = Field(
+        True, description="false: trust the card of a foreign model without asking the network"
+    )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What makes another velocity field of the file."""
+        return {} if self.guidance is None else {"guidance": self.guidance.model_dump(mode="json")}
+
+
+def new(card: Card) -> Model:
+    """A model with random weights, from torch's global generator."""
+    from flowdistill import networks
+
+    return Model(card, _canonical(card, networks.build(card.architecture, card.arguments)), digest="")
 
 
 def locate(reference: str) -> Path:
@@ -138,7 +139,7 @@ def identify(reference: Reference) -> str:
     name, options = _split(reference)
     if name.startswith("analytic:"):
         return artifact.digest({"analytic": name, **_size(name, options)})
-    return artifact.sha256(_file(name, options))
+    return _digest(artifact.sha256(locate(name)), _options(name, options))
 
 
 def open_model(reference: Reference, device: str = "cpu") -> Model:
@@ -149,7 +150,14 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
     """
     name, options = _split(reference)
     if not name.startswith("analytic:"):
-        return load(_file(name, options), device)
+        chosen = _options(name, options)
+        found = load(locate(name), device)
+        return replace(
+            found,
+            card=found.card.model_copy(update={"guidance": chosen.guidance or found.card.guidance}),
+            digest=_digest(found.digest, chosen),
+            probe=chosen.probe and found.card.foreign,
+        )
     from flowdistill import analytic
 
     arguments = _size(name, options)
@@ -168,29 +176,81 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
 
 def load(path: Path, device: str = "cpu") -> Model:
     """Open a model file."""
+    from accelerate import init_empty_weights
+
     from flowdistill import networks
 
     tensors, header = artifact.load_tensors(path)
     card = Card.parse(header, path)
-    digest = artifact.sha256(path)
-    network = networks.build(card.architecture, card.arguments)
+    with init_empty_weights():
+        network = networks.build(card.architecture, card.arguments)
+    expect(tensors, network, f"{path}: architecture '{card.architecture}'")
+    put(network, tensors)
+    canonical = _canonical(card, network).to(device).eval().requires_grad_(False)
+    return Model(card, canonical, artifact.sha256(path), device)
+
+
+def expect(tensors: Mapping[str, Any], network: nn.Module, what: str) -> None:
+    """Compare names and shapes with those of the network; `ArtifactError` names the first that differs."""
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if expected != found:
-        wrong = sorted(expected.items() ^ found.items())[0][0]
-        raise ArtifactError(
-            f"{path}: tensor '{wrong}' has shape {found.get(wrong, 'none')}, "
-            f"architecture '{card.architecture}' expects {expected.get(wrong, 'none')}"
-        )
-    network.load_state_dict({name: value.float() for name, value in tensors.items()})
-    return Model(card, network.to(device).eval().requires_grad_(False), digest, device)
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    wrong = [name for name in expected if name in found and expected[name] != found[name]]
+    if wrong:
+        name = wrong[0]
+        detail = f"expects '{name}' as {list(expected[name])}, found {list(found[name])}"
+    elif missing:
+        detail = f"expects '{missing[0]}' {list(expected[missing[0]])}, which is not there"
+    elif extra:
+        detail = f"does not know '{extra[0]}' {list(found[extra[0]])}"
+    else:
+        return
+    raise ArtifactError(
+        f"{what} {detail} (of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} have another "
+        f"shape; {len(extra)} are unknown)"
+    )
 
 
-def _file(name: str, options: Mapping[str, Any]) -> Path:
-    """The file of a teacher that has one, and so no options."""
-    if options:
-        raise UsageError(f"teacher {name}: takes no options, found {', '.join(map(repr, options))}")
-    return locate(name)
+def put(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make the tensors the weights of a network that was built empty, as float32.
+
+    They are copied only where type or memory layout differ from the network's.
+    """
+    import torch
+
+    placed = {}
+    for name, place in network.state_dict().items():
+        value = tensors[name]
+        if value.is_floating_point():
+            value = value.float()
+        if place.ndim == 4 and place.stride() != value.stride():
+            value = torch.empty_strided(place.shape, place.stride(), dtype=value.dtype).copy_(value)
+        placed[name] = value
+    network.load_state_dict(placed, assign=True)
+
+
+def _canonical(card: Card, network: nn.Module) -> nn.Module:
+    if card.convention is None:
+        return network
+    from flowdistill.teachers.canonical import Canonical
+
+    return Canonical(network, card.convention)
+
+
+def _digest(file: str, options: Options) -> str:
+    return artifact.digest({"file": file, **options.changes}) if options.changes else file
+
+
+def _options(name: str, options: Mapping[str, Any]) -> Options:
+    try:
+        return Options.model_validate_json(json.dumps(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UsageError(unknown(f"option of teacher {name}", key, tuple(Options.model_fields))) from None
+        raise UsageError(f"teacher {name}: {key}: {first['msg']}, found {first['input']!r}") from None
 
 
 def _size(name: str, options: Mapping[str, Any]) -> dict[str, int]:
