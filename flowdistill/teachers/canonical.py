@@ -21,7 +21,7 @@ class Canonical(nn.Module):
         self.convention = convention
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
+        dtype = next((each.dtype for each in self.network.parameters()), z.dtype)
         clock = torch.promote_types(dtype, torch.float32)
 
         def call(x: Tensor, label: Tensor) -> Tensor:
