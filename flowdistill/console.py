@@ -5,6 +5,7 @@ rich is imported where it draws: most commands that look at something print line
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from flowdistill.work import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+
+    from flowdistill.probing import Report
 
 LINE_EVERY_SECONDS = 30.0
 """Where stderr is no terminal."""
@@ -233,6 +236,28 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def probe(model: str, report: Report) -> None:
+    """What was measured of a model, and the stanza that would mend it."""
+    width = max(len(finding.name) for finding in report.findings)
+    found = [f"{each.verdict:7}  {each.name:{width}}  {each.text}" for each in report.findings]
+    lines(f"{model}: {report.diagnosis or 'points the right way'}", *found)
+    if report.remedy:
+        lines("this in the card would mend it:", *_yaml(report.remedy))
+
+
+def _yaml(content: Mapping[str, Any]) -> Iterator[str]:
+    """Nested mappings as YAML, the inner ones on one line."""
+    for name, value in content.items():
+        yield f"{name}:"
+        yield from (f"  {key}: {_flow(each)}" for key, each in value.items())
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
+    return json.dumps(value)
 
 
 def status(standings: Iterable[Standing]) -> None:

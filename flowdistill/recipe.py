@@ -118,7 +118,7 @@ class _Head(Settings):
     )
     teacher: Annotated[str, Field(min_length=1)] | Teacher = Field(
         "builtin:shapes",
-        description="builtin:NAME, analytic:NAME, or a path relative to the recipe",
+        description="builtin:NAME, analytic:NAME, diffusers:FOLDER-OR-ID, or a path relative to the recipe",
     )
     stages: list[Any] = Field(
         min_length=1, description="what is done, in order: each item is a verb and its settings"
@@ -335,7 +335,11 @@ class _Draft(Generic[S]):
         if not isinstance(node.value, dict):
             return _teacher_name(node, TEACHER, resolver)
         name = _teacher_name(node.value.get("name", Node(None, node.place)), join(TEACHER, "name"), resolver)
-        return {**node.plain(), "name": name}
+        options = node.plain()
+        if prompts := _text(node.value.get("prompts")):
+            place = node.value["prompts"].place
+            options["prompts"] = resolver.path(prompts, place, join(TEACHER, "prompts"))
+        return {**options, "name": name}
 
     def _out(self) -> Path:
         """The results' folder, which a recipe can have inside the current folder only."""
@@ -358,8 +362,11 @@ def _text(node: Node | None) -> str:
 
 
 def _teacher_name(node: Node, key: str, resolver: Resolver) -> str:
-    """A name with a scheme is for the teachers to know; any other is a path."""
+    """A name with a scheme is for the teachers to know, any other a path, as may be what follows diffusers:."""
     text = _text(node)
+    scheme, _, rest = text.partition(":")
+    if scheme == "diffusers" and (resolver.folder / rest).is_dir():
+        return f"{scheme}:{resolver.folder / rest}"
     if not text or text == "builtin" or re.match("[a-z]+:", text):
         return text
     return resolver.path(text, node.place, key, "; a teacher that ships is builtin:shapes")

@@ -118,9 +118,10 @@ def sample(
     artifact.create_folder(folder)
     tensors = {"samples": x0} if label is None else {"samples": x0, "labels": label}
     artifact.save_tensors(folder / TENSORS, tensors, _header(model, rule, seed))
-    if not pictures.drawable(model.card.shape):
+    shown = model.pixels(x0)
+    if shown is None or not pictures.drawable(tuple(shown.shape[1:])):
         return [folder / TENSORS]
-    artifact.atomic_write(folder / PICTURE, pictures.grid(x0, _COLUMNS))
+    artifact.atomic_write(folder / PICTURE, pictures.grid(shown, _COLUMNS))
     return [folder / TENSORS, folder / PICTURE]
 
 

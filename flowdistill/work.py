@@ -70,16 +70,20 @@ class Work:
     stop: Stop
 
     def model(self, reference: str = "model") -> Model:
-        """Open the model that the field `reference` names."""
-        from flowdistill.teachers import open_model
-
-        return open_model(self.inputs[reference], self.device)
+        """Open the model that the field `reference` names; ArtifactError where it fails the probe."""
+        return self._open(self.inputs[reference])
 
     def models(self, reference: str = "models") -> dict[str, Model]:
-        """Open the models of a field that lists several, by the names the recipe gave."""
-        from flowdistill.teachers import open_model
+        """Open the models of a field that lists several, by the names the recipe gave, as `model` does."""
+        return {name: self._open(location) for name, location in self.inputs[reference]}
 
-        return {name: open_model(location, self.device) for name, location in self.inputs[reference]}
+    def _open(self, location: str | Mapping[str, Any]) -> Model:
+        from flowdistill import probing, teachers
+
+        model = teachers.open_model(location, self.device)
+        if model.probe:
+            probing.strict(model, location if isinstance(location, str) else location["name"])
+        return model
 
     def pairs(self, reference: str = "pairs") -> PairStore:
         """Open the pairs that the field `reference` names."""

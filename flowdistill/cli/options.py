@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flowdistill.pipeline import Pipeline
 
 RECIPE_HELP = "a recipe's file, or the name of one that ships (flowdistill recipes ls)"
-MODEL_HELP = "builtin:NAME, analytic:NAME, a model.safetensors or the folder of a stage that made one"
+MODEL_HELP = "builtin:NAME, analytic:NAME, diffusers:FOLDER, a model.safetensors or the folder of its stage"
 
 
 def _be_verbose(context: typer.Context, value: bool) -> bool:
@@ -123,6 +123,13 @@ def is_model(reference: str) -> bool:
     if re.match("builtin$|[a-z]+:", reference) or reference.endswith(".safetensors"):
         return True
     return Path(reference).is_dir()
+
+
+def one_of(option: str, value: str | None, known: Sequence[str]) -> str | None:
+    """The value of an option that has only so many; UsageError for another."""
+    if value is not None and value not in known:
+        raise UsageError(f"{option}: {unknown('value', value, known)}")
+    return value
 
 
 def print_json(document: Any) -> None:

@@ -18,8 +18,15 @@ from flowdistill.errors import ArtifactError, UsageError, unknown
 
 
 def architectures() -> tuple[str, ...]:
-    """Names of the architectures: the modules of this folder."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    """Names of the architectures: the modules of this folder, but for those that begin with an underscore."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
+def argument(architecture: str, arguments: Mapping[str, Any], name: str) -> Any:
+    """An argument of a network, or the default that its constructor has for it."""
+    default = inspect.signature(_constructor(architecture)).parameters[name].default
+    return arguments.get(name, default)
 
 
 def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
