@@ -46,12 +46,13 @@ class Schedule:
         """(from, to) of every step, from > to."""
         return list(pairwise(self.times))
 
-    def sigmas(self) -> list[float]:
+    def sigmas(self, shift: float = 1.0) -> list[float]:
         """The times without the 0, as diffusers' FlowMatchEulerDiscreteScheduler takes `sigmas`.
 
-        Only with `shift` 1 and no dynamic shifting; anything else moves them again.
+        A scheduler shifts what it is given once more, by its own `shift` or, with dynamic shifting, exp(mu).
+        For that, these are t / (shift - (shift - 1) t), the inverse of `shifted`.
         """
-        return list(self.times[:-1])
+        return [t / (shift - (shift - 1) * t) for t in self.times[:-1]]
 
 
 def uniform(steps: int) -> Schedule:

@@ -36,9 +36,7 @@ CARDS = {
             "attn_resolutions": [4],
             "dropout": 0.0,
         },
-        convention=Convention(
-            interpolant=EDM(), prediction="v", sign=-1, clock=Logarithmic(scale=0.25)
-        ),
+        convention=Convention(interpolant=EDM(), prediction="v", sign=-1, clock=Logarithmic(scale=0.25)),
         **COMMON,
     ),
     "sit": Card(
@@ -61,10 +59,12 @@ CARDS = {
             "image_size": 8,
             "in_channels": 1,
             "out_channels": 1,
-            "model_channels": 16,
-            "channel_mult": [1, 2],
+            "model_channels": 32,
+            "channel_mult": [1, 1],
             "attention_resolutions": [2],
             "num_classes": CLASSES,
+            # With one channel in a group the norm would undo a shift, and the network be deaf to time.
+            "use_scale_shift_norm": True,
         },
         convention=Convention(interpolant=DDPM(), prediction="eps"),
         **COMMON,
@@ -111,7 +111,7 @@ def train(name: str) -> None:
             if value.is_floating_point():
                 average[key].lerp_(value, 1 - decay)
         if step % 200 == 0:
-            print(name, step, round(float(loss), 4), flush=True)
+            print(name, step, round(loss.item(), 4), flush=True)
     network.load_state_dict(average)
     FOLDER.mkdir(parents=True, exist_ok=True)
     model.write(FOLDER / f"{name}.safetensors", "float16")
