@@ -1,11 +1,13 @@
 """Guidance: how the velocity under a condition and the one without are combined, as a function of t.
 
-Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) is v = v_null + scale (v_cond - v_null). Being
-affine, it may be applied to canonical velocities whatever the network predicts. The rules that rescale norms
-after it are not: they belong to networks that predict a velocity, and are the same for either sign of it.
+Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) is v = v_null + scale (v_cond - v_null).
+Being affine, it may be applied to canonical velocities whatever the network predicts. The rules that
+rescale norms after it are not: they belong to networks that predict a velocity, and are the same for either
+sign of it.
 
-What pipelines of diffusers call a guidance scale is `scale` here, but for Z-Image's, which is one less. Rules in
-terms of the step's index become an interval of t, so that the field does not depend on the number of steps.
+What pipelines of diffusers call a guidance scale is `scale` here, but for Z-Image's, which is one less.
+Rules in terms of the step's index become an interval of t, so that the field does not depend on the number
+of steps.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Token(Settings):
 
 
 class Row(Settings):
-    """Every row of every channel keeps the norm that it has under the condition (Lumina 2, as diffusers has it)."""
+    """Every row of every channel keeps the norm that it has under the condition (Lumina 2 in diffusers)."""
 
     name: Literal["row"] = "row"
 
@@ -59,7 +61,7 @@ class Clip(Settings):
 
 
 class Deviation(Settings):
-    """A sample's standard deviation is drawn to the one under the condition (arXiv 2305.08891, Sec. 3.4; LTX)."""
+    """A sample's deviation is drawn to the one under the condition (arXiv 2305.08891, Sec. 3.4; LTX)."""
 
     name: Literal["deviation"] = "deviation"
     strength: float = Field(0.7, ge=0, le=1, description="0 leaves it, 1 restores it fully")
@@ -117,7 +119,8 @@ class Guidance(Settings):
 def first_steps(times: Sequence[float], share: float) -> tuple[float, float]:
     """The interval of t in which the first `share` of the steps of a grid from 1 to 0 begin.
 
-    Lumina 2's `cfg_trunc_ratio` in terms of t. The lower end lies half-way to the first step that is left out.
+    Lumina 2's `cfg_trunc_ratio` in terms of t. The lower end lies half-way to the first step that is left
+    out.
     """
     steps = len(times) - 1
     # The small number is for shares like 0.7 of 10, which is 7 steps.

@@ -362,7 +362,7 @@ def _text(node: Node | None) -> str:
 
 
 def _teacher_name(node: Node, key: str, resolver: Resolver) -> str:
-    """A name with a scheme is for the teachers to know, any other a path, as may be what follows diffusers:."""
+    """A path, unless there is a scheme; what follows `diffusers:` may be a path too."""
     text = _text(node)
     scheme, _, rest = text.partition(":")
     if scheme == "diffusers" and (resolver.folder / rest).is_dir():

@@ -70,7 +70,14 @@ def import_(
 
 
 def probe(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=options.MODEL_HELP, show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"{options.MODEL_HELP}, or a recipe's file for its teacher",
+            show_default=False,
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="IMAGES", help="real data: a folder of images, .npz or .safetensors"),
@@ -96,7 +103,9 @@ def probe(
     """
     from flowdistill import console, hardware, images, probing, teachers
 
-    opened = teachers.open_model(model, hardware.resolve(device))
+    recipe = model.endswith((".yaml", ".yml"))
+    reference = options.open_recipe(model).recipe.teacher if recipe else model
+    opened = teachers.open_model(reference, hardware.resolve(device))
     if strict:
         probing.strict(opened, model)
         console.lines(f"{model}: points the right way")

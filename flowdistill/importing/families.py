@@ -127,6 +127,8 @@ def card_of(preset: str) -> dict[str, Any]:
 
 def described(architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Architecture, arguments, shape and classes: the part of a card that the network itself determines."""
+    if architecture not in _SIZES:
+        raise UsageError(f"the card of a '{architecture}' has to say its shape: `shape: [C, H, W]`")
     channels, side, classes = (
         networks.argument(architecture, arguments, name) if name else 0 for name in _SIZES[architecture]
     )

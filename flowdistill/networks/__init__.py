@@ -25,7 +25,7 @@ def architectures() -> tuple[str, ...]:
 
 def argument(architecture: str, arguments: Mapping[str, Any], name: str) -> Any:
     """An argument of a network, or the default that its constructor has for it."""
-    default = inspect.signature(_constructor(architecture)).parameters[name].default
+    default = inspect.signature(constructor(architecture)).parameters[name].default
     return arguments.get(name, default)
 
 
@@ -37,19 +37,20 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     if architecture not in architectures():
         raise UsageError(unknown("architecture", architecture, architectures()))
-    constructor = _constructor(architecture)
-    parameters = inspect.signature(constructor).parameters
+    kind = constructor(architecture)
+    parameters = inspect.signature(kind).parameters
     for name in arguments:
         if name not in parameters:
             raise ArtifactError(unknown(f"{architecture} argument", name, tuple(parameters)))
     try:
-        return constructor(**arguments)
+        return kind(**arguments)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ArtifactError(f"{architecture}({given}): {error}") from error
 
 
-def _constructor(architecture: str) -> type[nn.Module]:
+def constructor(architecture: str) -> type[nn.Module]:
+    """The class of an architecture."""
     module = import_module(f"{__name__}.{architecture}")
     for name, member in vars(module).items():
         if name.lower() == architecture and isinstance(member, type) and issubclass(member, nn.Module):

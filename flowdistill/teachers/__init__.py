@@ -1,8 +1,9 @@
 """Models: a velocity field in canonical coordinates, its card, and how a reference becomes one.
 
 References: `builtin` or `builtin:NAME` (ships with the package), `analytic:NAME` with options (closed form),
-the path of a `model.safetensors`, or the folder of a stage that made one. Importing this package does not
-import torch, so that a recipe's inputs are identified before anything heavy is loaded.
+`diffusers:PATH-OR-ID` (a pipeline), the path of a `model.safetensors`, or the folder of a stage that made
+one. Importing this package does not import torch, so that a recipe's inputs are identified before anything
+heavy is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from flowdistill import artifact
-from flowdistill.errors import ArtifactError, MissingInput, UsageError, unknown
+from flowdistill.errors import ArtifactError, MissingInput, UsageError, quoted, unknown
 from flowdistill.guidance import Guidance
 from flowdistill.settings import Settings
 from flowdistill.teachers.cards import Card
@@ -36,6 +37,8 @@ ANALYTIC: Mapping[str, tuple[str, int]] = {
 """Closed-form teachers: name -> their one option, an integer, and its default."""
 ASSETS = Path(str(resources.files("flowdistill"))) / "assets"
 DEFAULT = "shapes"
+SCHEMES = ("builtin", "analytic", "diffusers")
+PIPELINE = "diffusers:"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Model:
     device: str = "cpu"
     probe: bool = False
     """Whether it has to prove itself before compute is spent on it."""
+    folder: Path | None = None
+    """Of the pipeline that it is part of, where its autoencoder is."""
 
     @property
     def field(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -70,8 +75,9 @@ class Model:
     @property
     def weights(self) -> nn.Module:
         """The network under its maker's names, without what makes it canonical."""
-        inner: nn.Module = getattr(self.network, "network", self.network)
-        return inner
+        from flowdistill.teachers.canonical import Canonical
+
+        return self.network.network if isinstance(self.network, Canonical) else self.network
 
     def null(self, labels: Tensor) -> Tensor | None:
         """What stands for no condition in place of `labels` [B]."""
@@ -86,6 +92,16 @@ class Model:
             return None
         drawn = randomness.integers(seed, "labels", indices, self.card.classes)
         return drawn.to(self.device)
+
+    def pixels(self, x0: Tensor) -> Tensor | None:
+        """Pictures [B, C, H, W] in [-1, 1] of samples; None of latents whose autoencoder is not at hand."""
+        if self.folder is not None and self.card.latent is not None:
+            from flowdistill.teachers.latents import Decoder
+
+            return Decoder(self.folder, self.device)(x0).cpu()
+        if self.card.latent is None:
+            return x0
+        return None if self.card.latent.vae else self.card.latent.decode(x0)
 
     def write(self, path: Path, dtype: str | None = "float32") -> None:
         """Write the model's file, its weights in `dtype` or, with None, each as it is."""
@@ -124,7 +140,7 @@ def locate(reference: str) -> Path:
     path = Path(reference)
     scheme, colon, _ = reference.partition(":")
     if colon and not path.exists():
-        raise UsageError(unknown("kind of teacher", scheme, ("builtin", "analytic")) + ", or give a path")
+        raise UsageError(unknown("kind of teacher", scheme, SCHEMES) + ", or give a path")
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
@@ -139,7 +155,13 @@ def identify(reference: Reference) -> str:
     name, options = _split(reference)
     if name.startswith("analytic:"):
         return artifact.digest({"analytic": name, **_size(name, options)})
-    return _digest(artifact.sha256(locate(name)), _options(name, options))
+    if name.startswith(PIPELINE):
+        from flowdistill.teachers import pipelines
+
+        chosen, own = _options(name, options, Options, pipelines.Options)
+        return _digest(pipelines.identify(name.removeprefix(PIPELINE), own), chosen)
+    (chosen,) = _options(name, options, Options)
+    return _digest(artifact.sha256(locate(name)), chosen)
 
 
 def open_model(reference: Reference, device: str = "cpu") -> Model:
@@ -149,15 +171,28 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
     `ArtifactError` where its content is not what its card says.
     """
     name, options = _split(reference)
-    if not name.startswith("analytic:"):
-        chosen = _options(name, options)
+    if name.startswith("analytic:"):
+        return _closed_form(name, options, device)
+    if name.startswith(PIPELINE):
+        from flowdistill.teachers import pipelines
+
+        chosen, own = _options(name, options, Options, pipelines.Options)
+        opened = pipelines.open_pipeline(name.removeprefix(PIPELINE), own)
+        network = _canonical(opened.card, opened.network).to(device).eval().requires_grad_(False)
+        found = Model(opened.card, network, identify(reference), device, folder=opened.folder)
+    else:
+        (chosen,) = _options(name, options, Options)
         found = load(locate(name), device)
-        return replace(
-            found,
-            card=found.card.model_copy(update={"guidance": chosen.guidance or found.card.guidance}),
-            digest=_digest(found.digest, chosen),
-            probe=chosen.probe and found.card.foreign,
-        )
+        found = replace(found, digest=_digest(found.digest, chosen))
+    guidance = chosen.guidance or found.card.guidance
+    return replace(
+        found,
+        card=found.card.model_copy(update={"guidance": guidance}),
+        probe=chosen.probe and found.card.foreign,
+    )
+
+
+def _closed_form(name: str, options: Mapping[str, Any], device: str) -> Model:
     from flowdistill import analytic
 
     arguments = _size(name, options)
@@ -171,7 +206,7 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
         data=name,
         notes="closed form, no weights",
     )
-    return Model(card, flow.to(device), identify(reference), device)
+    return Model(card, flow.to(device), artifact.digest({"analytic": name, **arguments}), device)
 
 
 def load(path: Path, device: str = "cpu") -> Model:
@@ -207,8 +242,8 @@ def expect(tensors: Mapping[str, Any], network: nn.Module, what: str) -> None:
     else:
         return
     raise ArtifactError(
-        f"{what} {detail} (of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} have another "
-        f"shape; {len(extra)} are unknown)"
+        f"{what} {detail} (of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} have "
+        f"another shape; {len(extra)} are unknown)"
     )
 
 
@@ -242,15 +277,21 @@ def _digest(file: str, options: Options) -> str:
     return artifact.digest({"file": file, **options.changes}) if options.changes else file
 
 
-def _options(name: str, options: Mapping[str, Any]) -> Options:
+def _options(name: str, options: Mapping[str, Any], *kinds: type[Settings]) -> tuple[Any, ...]:
+    """The options of a teacher, each where it belongs."""
+    known = {key: kind for kind in kinds for key in kind.model_fields}
+    for key in options:
+        if key not in known:
+            raise UsageError(unknown(f"option of teacher {name}", key, known))
     try:
-        return Options.model_validate_json(json.dumps(options))
+        return tuple(
+            kind.model_validate_json(json.dumps({k: v for k, v in options.items() if known[k] is kind}))
+            for kind in kinds
+        )
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise UsageError(unknown(f"option of teacher {name}", key, tuple(Options.model_fields))) from None
-        raise UsageError(f"teacher {name}: {key}: {first['msg']}, found {first['input']!r}") from None
+        raise UsageError(f"teacher {name}: {key}: {first['msg']}, found {quoted(first['input'])}") from None
 
 
 def _size(name: str, options: Mapping[str, Any]) -> dict[str, int]:

@@ -57,19 +57,13 @@ class Source(Settings):
     importer: str = Field(description="version of flowdistill that read it")
 
 
-class Card(Settings):
-    """What a model is: enough to rebuild, use and judge it from its one file."""
+class Reading(Settings):
+    """How a network is to be taken: the keys of a card that others than its maker may have to give."""
 
-    format: Literal[1] = 1
-    kind: Literal["velocity", "classifier"] = Field("velocity", description="what the network returns")
-    architecture: str = Field(description="file of flowdistill/networks that holds the class")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="its constructor's arguments")
     convention: Convention | None = Field(
         None,
         description="how the network's input and output relate to v; none: it returns canonical v itself",
     )
-    shape: tuple[int, ...] = Field(description="shape of one sample, [C, H, W] for images")
-    classes: int = Field(0, ge=0, description="number of classes; 0 is unconditional")
     null_label: int | None = Field(
         None, ge=0, description="the class that stands for none; without it, labels are left out"
     )
@@ -77,14 +71,34 @@ class Card(Settings):
     latent: Latent | None = Field(None, description="how the data relate to an autoencoder's latents")
     statistics: Statistics | None = Field(None, description="moments of the data, where they are known")
     data: str | None = Field(None, description="data set that the model imitates, where we can draw from it")
+    licence: str = "Apache-2.0"
+    notes: str = ""
+
+
+class Stanza(Reading):
+    """Keys of a card in a file of their own, for `flowdistill import --card`."""
+
+    architecture: str | None = None
+    arguments: dict[str, Any] | None = None
+    shape: list[int] | None = None
+    classes: int | None = Field(None, ge=0)
+
+
+class Card(Reading):
+    """What a model is: enough to rebuild, use and judge it from its one file."""
+
+    format: Literal[1] = 1
+    kind: Literal["velocity", "classifier"] = Field("velocity", description="what the network returns")
+    architecture: str = Field(description="file of flowdistill/networks that holds the class")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="its constructor's arguments")
+    shape: tuple[int, ...] = Field(description="shape of one sample, [C, H, W] for images")
+    classes: int = Field(0, ge=0, description="number of classes; 0 is unconditional")
     nfe: int | None = Field(None, description="number of evaluations that the model was trained for")
     parents: dict[str, str] = Field(
         default_factory=dict, description="SHA-256 of the artifacts it was made from"
     )
     source: Source | None = Field(None, description="foreign file that it was imported from")
     settings: dict[str, Any] = Field(default_factory=dict, description="section of the recipe that made it")
-    licence: str = "Apache-2.0"
-    notes: str = ""
     figures: dict[str, Any] = Field(
         default_factory=dict, description="measured properties that belong to the file"
     )

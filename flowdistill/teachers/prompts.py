@@ -3,9 +3,9 @@
 Tensors of the file, floats of any width:
 
     prompt_embeds       [P, L, D]  one row a prompt
-    prompt_mask         [P, L]     which of the L embeddings count; only for networks that heed it, default all
-    pooled              [P, D']    only for networks that take a pooled embedding (SD3, FLUX.1, SDXL)
-    null.prompt_embeds  [1, N, D]  the empty or negative prompt, for guidance; null.prompt_mask, null.pooled too
+    prompt_mask         [P, L]     which of the L count; for networks that heed a mask, default all
+    pooled              [P, D']    for networks that take a pooled embedding (SD3, FLUX.1, SDXL)
+    null.prompt_embeds  [1, N, D]  the empty or negative prompt, for guidance, and its mask and pooled
 
 `encode` makes them with the encoders of a pipeline's own folder.
 """
@@ -22,7 +22,6 @@ from flowdistill import artifact, foreign
 from flowdistill.errors import ArtifactError, MissingInput, UsageError, unknown
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from flowdistill.networks.diffusersmodel import Family
@@ -48,7 +47,15 @@ _RETURNED: Mapping[str, tuple[str, ...]] = {
     "WanPipeline": _PAIRS,
 }
 """What `encode_prompt` of each pipeline returns, in its order."""
-_NOT_FOR_TEXT = ("transformer", "transformer_2", "unet", "vae", "safety_checker", "feature_extractor", "image_encoder")
+_NOT_FOR_TEXT = (
+    "transformer",
+    "transformer_2",
+    "unet",
+    "vae",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
 
 
 @dataclass(frozen=True)
@@ -80,20 +87,21 @@ def table(tensors: Mapping[str, Tensor], family: Family, config: Mapping[str, An
     """
     import torch
 
-    given = _complete(tensors, "", family, where)
     null = any(name.startswith(_NULL) for name in tensors)
-    groups = [given, *([_complete(tensors, _NULL, family, where)] if null else [])]
+    groups = [_group(tensors, prefix, family, config, where) for prefix in ("", _NULL)[: 1 + null]]
     lengths = [group["prompt_embeds"].shape[1] for group in groups]
+    if null and len(groups[1]["prompt_embeds"]) != 1:
+        found = len(groups[1]["prompt_embeds"])
+        raise ArtifactError(f"{where}: null.prompt_embeds must have one row, found {found}")
     if len(set(lengths)) > 1 and not family.masked:
         raise ArtifactError(
             f"{where}: prompts have {lengths[0]} tokens, the null prompt {lengths[1]}; "
             "this network has no mask, so both must be as long"
         )
     buffers = {
-        name: torch.cat([_padded(group[name], max(lengths), name) for group in groups]) for name in given
+        name: torch.cat([_padded(group[name], max(lengths), name) for group in groups]) for name in groups[0]
     }
-    _fits(buffers, family, config, where)
-    return Table(buffers, len(given["prompt_embeds"]), max(lengths), null)
+    return Table(buffers, len(groups[0]["prompt_embeds"]), max(lengths), null)
 
 
 def encode(
@@ -101,8 +109,9 @@ def encode(
 ) -> dict[str, Tensor]:
     """Embeddings of `prompts` by the encoders of the pipeline in `folder`, of class `kind` in diffusers.
 
-    Everything about the text is as the pipeline itself has it by default: templates, lengths, layers. `negative`
-    is the null prompt, None the pipeline's own; without `guided` there is none. The tensors are those of a file.
+    Everything about the text is as the pipeline itself has it by default: templates, lengths, layers.
+    `negative` is the null prompt, None the pipeline's own; without `guided` there is none. The tensors are
+    those of a file.
     """
     import torch
 
@@ -130,7 +139,11 @@ def _encoded(pipeline: Any, names: Sequence[str], prompts: list[str], **options:
         "prompt": prompts,
     }
     returned = pipeline.encode_prompt(
-        **{name: value for name, value in offered.items() if name in accepted and value is not inspect.Parameter.empty}
+        **{
+            name: value
+            for name, value in offered.items()
+            if name in accepted and value is not inspect.Parameter.empty
+        }
     )
     tensors: dict[str, Tensor] = {}
     for name, value in zip(names, returned, strict=False):
@@ -163,7 +176,7 @@ def _text_part(folder: Path, kind: str) -> Any:
     if name not in _RETURNED:
         raise UsageError(unknown("pipeline with encoders", name, _RETURNED))
     foreign.load("transformers")
-    constructor = getattr(foreign.load("diffusers"), name)
+    constructor = foreign.member("diffusers", name)
     accepted = inspect.signature(constructor.__init__).parameters
     left_out = {part: None for part in _NOT_FOR_TEXT if part in accepted}
     try:
@@ -175,21 +188,33 @@ def _text_part(folder: Path, kind: str) -> Any:
         ) from error
 
 
-def _complete(tensors: Mapping[str, Tensor], prefix: str, family: Family, where: str) -> dict[str, Tensor]:
-    """The tensors of one group that the network takes, by their names without prefix."""
+def _group(
+    tensors: Mapping[str, Tensor], prefix: str, family: Family, config: Mapping[str, Any], where: str
+) -> dict[str, Tensor]:
+    """The tensors of the prompts or of the null prompt, as the network takes them, without prefix."""
     import torch
 
-    embeds = tensors.get(prefix + "prompt_embeds")
-    if embeds is None or embeds.ndim != 3 or 0 in embeds.shape:
-        found = "none" if embeds is None else list(embeds.shape)
-        raise ArtifactError(f"{where}: {prefix}prompt_embeds must be [prompts, tokens, width], found {found}")
-    group = {"prompt_embeds": embeds.float()}
+    group = {name: tensors[prefix + name] for name in _NAMES if prefix + name in tensors}
+    embeds = group.get("prompt_embeds")
+    rows, tokens = embeds.shape[:2] if embeds is not None and embeds.ndim == 3 else (1, 1)
+    wanted: dict[str, tuple[int, ...]] = {
+        "prompt_embeds": (max(rows, 1), max(tokens, 1), family.width(config))
+    }
     if family.masked:
-        mask = tensors.get(prefix + "prompt_mask", torch.ones(embeds.shape[:2]))
-        group["prompt_mask"] = mask.bool()
-    if prefix + "pooled" in tensors:
-        group["pooled"] = tensors[prefix + "pooled"].float()
-    return group
+        wanted["prompt_mask"] = (rows, tokens)
+        group.setdefault("prompt_mask", torch.ones(rows, tokens))
+    if family.pooled(config):
+        wanted["pooled"] = (rows, family.pooled(config))
+    for name in _NAMES:
+        found = tuple(group[name].shape) if name in group else None
+        if found != wanted.get(name):
+            raise ArtifactError(
+                f"{where}: {prefix}{name} is {list(found) if found else 'not there'}, "
+                f"expected {list(wanted[name]) if name in wanted else 'none'}"
+            )
+    if family.masked:
+        _refuse_gaps(group["prompt_mask"].bool(), f"{where}: {prefix}prompt_mask")
+    return {name: value.bool() if name == "prompt_mask" else value.float() for name, value in group.items()}
 
 
 def _padded(value: Tensor, tokens: int, name: str) -> Tensor:
@@ -202,26 +227,7 @@ def _padded(value: Tensor, tokens: int, name: str) -> Tensor:
     return torch.cat([value, missing], dim=1)
 
 
-def _fits(buffers: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], where: str) -> None:
-    """Refuse tensors that are not what the network takes."""
-    rows, tokens, _ = buffers["prompt_embeds"].shape
-    wanted: dict[str, tuple[int, ...]] = {"prompt_embeds": (rows, tokens, family.width(config))}
-    if family.masked:
-        wanted["prompt_mask"] = (rows, tokens)
-    if family.pooled(config):
-        wanted["pooled"] = (rows, family.pooled(config))
-    found = {name: tuple(value.shape) for name, value in buffers.items()}
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            raise ArtifactError(
-                f"{where}: {name} is {found.get(name, 'not there')}, null prompt included, "
-                f"the network takes {wanted.get(name, 'none')}"
-            )
-    if family.masked:
-        _prefix_mask(buffers["prompt_mask"], where)
-
-
-def _prefix_mask(mask: Tensor, where: str) -> None:
-    """Refuse masks with gaps: rotary positions and trimming take the embeddings that count to come first."""
+def _refuse_gaps(mask: Tensor, where: str) -> None:
+    """Rotary positions and trimming take it that the embeddings that count come first."""
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
-        raise ArtifactError(f"{where}: prompt_mask must be true at the first tokens of a row and false after")
+        raise ArtifactError(f"{where} must be true at the first tokens of a row and false after")
