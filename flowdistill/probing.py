@@ -98,16 +98,16 @@ class Trial:
     labels: Tensor | None
     device: str
     count: int
-    top: float
-    """Largest t at which a field is asked for its direction."""
     data: Tensor | None = None
     """Real data, if the laws can be asked on them: labels of theirs are not known."""
     moments: tuple[float, float] | None = None
     """Mean and deviation of the data, where they are known."""
 
-    def judge(self, velocity: VelocityField) -> Judgement:
-        """Ask a field for the laws; no more than its direction where that is far off."""
-        figures = {"direction": self._direction(velocity)}
+    def judge(self, model: Model, convention: Convention | None = None) -> Judgement:
+        """Ask a model for the laws, read as its card says or otherwise; the first alone if that is broken."""
+        velocity = _field(model, convention)
+        top = _top(convention or model.card.convention or Convention())
+        figures = {"top": top, "direction": self._direction(velocity, top)}
         excess = {"direction": abs(figures["direction"] - 1) / _LIMITS["direction"]}
         if excess["direction"] > 1:
             return Judgement(excess, figures)
@@ -129,10 +129,10 @@ class Trial:
         eps = randomness.noise(randomness.key(_SEED, purpose), range(self.count), self.shape)
         return eps.to(self.device)
 
-    def _direction(self, velocity: VelocityField) -> float:
+    def _direction(self, velocity: VelocityField, top: float) -> float:
         """Slope of v on z at the top, where z is noise."""
         z = self.noise("direction")
-        v = velocity(z, z.new_full((self.count,), self.top), self.labels)
+        v = velocity(z, z.new_full((self.count,), top), self.labels)
         return float((v * z).mean() / z.square().mean())
 
     def _own(self, velocity: VelocityField) -> tuple[Tensor, float]:
@@ -177,7 +177,7 @@ def probe(model: Model, data: Tensor | None = None) -> Report:
     laws are asked on them, else they serve to compare moments.
     """
     trial = _trial(model, data)
-    judgement = trial.judge(_field(model))
+    judgement = trial.judge(model)
     findings = list(_laws(trial, judgement))
     if judgement.worst <= 1:
         more = tuple(_more(model, trial))
@@ -194,7 +194,7 @@ def strict(model: Model, what: str) -> None:
     if model.digest in _TRUSTED:
         return
     trial = _trial(model, None)
-    judgement = trial.judge(_field(model))
+    judgement = trial.judge(model)
     if judgement.worst <= 1:
         _TRUSTED.add(model.digest)
         return
@@ -216,11 +216,14 @@ def _trial(model: Model, data: Tensor | None) -> Trial:
         moments = float(data.mean()), float(data.std())
         data = None if card.classes else data[:count]
         count = count if data is None else len(data)
-    convention = card.convention or Convention()
-    # From eps follows v by division by 1 - t, which blows up its errors.
-    high = min(convention.span[1], 0.95 if convention.prediction in ("eps", "score") else 0.999)
     labels = model.labels(_SEED, range(count))
-    return Trial(card.shape, labels, model.device, count, high, data, moments)
+    return Trial(card.shape, labels, model.device, count, data, moments)
+
+
+def _top(convention: Convention) -> float:
+    """The largest t at which a field is asked for its direction."""
+    # From eps follows v by division by 1 - t, which blows up the network's errors.
+    return min(convention.span[1], 0.95 if convention.prediction in ("eps", "score") else 0.999)
 
 
 def _pooled(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:
@@ -261,7 +264,7 @@ def _laws(trial: Trial, judgement: Judgement) -> Iterator[Finding]:
     slope = figures["direction"]
     words = "noise-ward" if slope > 0.5 else "data-ward" if slope < -0.5 else "towards neither noise nor data"
     yield finding(
-        "direction", "direction", f"at t = {trial.top:.3g} v has slope {slope:.2f} on noise: {words}"
+        "direction", "direction", f"at t = {figures['top']:.3g} v has slope {slope:.2f} on noise: {words}"
     )
     if "spread" not in figures:
         yield Finding("clock", "skipped", "says nothing while the direction is wrong")
@@ -340,7 +343,7 @@ def _remedy(model: Model, trial: Trial, judgement: Judgement) -> tuple[str, Mapp
     if broken == ["scale"]:
         return _rescaling(model, trial, judgement)
     for level in _readings(declared):
-        judged = [(trial.judge(_field(model, reading)).worst, reading) for reading in level]
+        judged = [(trial.judge(model, reading).worst, reading) for reading in level]
         worst, best = min(judged, key=lambda pair: pair[0])
         if worst <= 1:
             stanza = best.model_dump(mode="json", exclude_none=True)

@@ -122,8 +122,9 @@ def test_wrong_cards_of_foreign_networks_are_mended(name: str, fault: str) -> No
     assert Convention.model_validate_json(json.dumps(report.remedy["convention"])) == truth
 
 
-@pytest.mark.parametrize("name", [*FOREIGN, "builtin:digits"])
-@pytest.mark.parametrize("factor", [0.5, 2.0, 5.49])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("edm", 0.5), ("sit", 2.0), ("sit", 5.49), ("ddpm", 5.49), ("builtin:digits", 0.5)]
+)
 def test_a_wrong_latent_scale_is_measured(name: str, factor: float) -> None:
     """Raw latents that the card's scale brings to another size than the model's."""
     model = teachers.open_model(name) if ":" in name else foreign(name)
