@@ -219,17 +219,20 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
     Raises:
         Diverged: a tensor holds values that are not finite; nothing is written.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     if "seal" in header or "__metadata__" in tensors:
         raise ValueError("the header key 'seal' and the tensor name '__metadata__' are taken")
     # Large items first keeps every tensor aligned to its own item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in names:
-        _refuse_non_finite(path, name, tensors[name])
     payload = [_raw(tensors[name]) for name in names]
     table = _table({name: tensors[name] for name in names})
     seen = hashlib.sha256(_description(table, header, _UNSEALED))
-    for chunk in payload:
-        seen.update(chunk)
+    with ThreadPoolExecutor(1) as hashing:
+        for name, chunk in zip(names, payload, strict=True):
+            done = hashing.submit(seen.update, chunk)  # beside the check, since both read all there is
+            _refuse_non_finite(path, name, tensors[name])
+            done.result()
     start = _description(table, header, seen.hexdigest())
     return write_chunks(path, (start, *payload), len(start) + sum(map(len, payload)))
 

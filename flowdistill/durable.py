@@ -127,12 +127,18 @@ def _acquire(file: int, path: Path) -> None:
 
 
 def _fill(temporary: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    from concurrent.futures import ThreadPoolExecutor
+
     seen = hashlib.sha256()
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        for chunk in chunks:
-            seen.update(chunk)
-            _write_all(file, chunk)
+        with ThreadPoolExecutor(1) as hashing:
+            for chunk in chunks:
+                done = hashing.submit(
+                    seen.update, chunk
+                )  # hashing and writing both let go of the interpreter
+                _write_all(file, chunk)
+                done.result()
         os.fsync(file)
     finally:
         os.close(file)

@@ -23,6 +23,8 @@ class Budget:
     """
 
     work: int = 1_200_000
+    preamble: bytes = b""
+    """How the storages of this file begin, which is the same for all and need be read once only."""
 
     def spend(self, work: int) -> None:
         self.work -= work

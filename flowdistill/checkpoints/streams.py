@@ -57,8 +57,13 @@ def read_stream(data: memoryview, budget: Budget, nested_at: int | None = None) 
     budget.spend(_STREAM_WORK)
     place = "" if nested_at is None else f" of the storage at byte {nested_at}"
     machine = Machine(data, KNOWN, budget, place)
+    if budget.preamble and data[: len(budget.preamble)] == budget.preamble:
+        machine.position = len(budget.preamble)
+        return "legacy torch", _legacy(machine, budget)
     root = machine.read()
     if type(root) is int and root == _MAGIC:
+        _check_preamble(machine)
+        budget.preamble = bytes(data[: machine.position])
         return "legacy torch", _legacy(machine, budget)
     if nested_at is not None:
         raise Refusal("bytes that should be a storage of torch's are not", place=f"byte {nested_at}")
@@ -71,12 +76,17 @@ def read_stream(data: memoryview, budget: Budget, nested_at: int | None = None) 
     return "pickle", resolve(root, _no_storage, nested, budget, len(data))
 
 
-def _legacy(machine: Machine, budget: Budget) -> Content:
+def _check_preamble(machine: Machine) -> None:
+    """The version and the machine's properties, which follow the magic number."""
     version, system = machine.read(), machine.read()
     if version != _VERSION:
         machine.refuse(f"torch's old format in another version than {_VERSION}")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         machine.refuse("it was written on a big-endian machine", "convert it on a little-endian one")
+
+
+def _legacy(machine: Machine, budget: Budget) -> Content:
+    """The content behind the preamble."""
     root = machine.read()
     references = {found.key: found for found in map(Reference.of, machine.persistent)}
     storages = _storages(machine, machine.read(), references)

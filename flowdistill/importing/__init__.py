@@ -69,14 +69,14 @@ def convert(
     except (ArtifactError, UsageError) as error:
         raise type(error)(f"{source}: {error}") from None
     try:
-        complete.write(destination, {name: value.load() for name, value in tensors.items()}, dtype=None)
+        sha256 = complete.write(destination, {name: value.load() for name, value in tensors.items()}, dtype=None)
     except Diverged as error:
         detail = str(error).removeprefix(f"{destination}: ").removesuffix(", nothing was written")
         raise ArtifactError(f"{source}: {detail}; nothing was written") from None
     return Imported(
         destination,
         complete,
-        artifact.sha256(destination),
+        sha256,
         len(tensors),
         sum(math.prod(each.shape) for each in network.parameters()),
     )

@@ -108,15 +108,15 @@ class Card(Reading):
         """Whether others trained it, so that its convention is a claim and not a fact."""
         return self.convention is not None and not self.parents
 
-    def write(self, path: Path, state: Mapping[str, Tensor], dtype: str | None = "float32") -> None:
-        """Write a model file: `state` in `dtype`, or each tensor in its own; this card in the header."""
+    def write(self, path: Path, state: Mapping[str, Tensor], dtype: str | None = "float32") -> str:
+        """Write a model file: `state` in `dtype`, or each tensor in its own; returns its SHA-256."""
         import torch
 
         kept = {
             name: value.to(getattr(torch, dtype)) if dtype and value.is_floating_point() else value
             for name, value in state.items()
         }
-        artifact.save_tensors(path, kept, self.model_dump(mode="json"))
+        return artifact.save_tensors(path, kept, self.model_dump(mode="json"))
 
     @classmethod
     def parse(cls, header: Mapping[str, Any], path: Path) -> Card:
