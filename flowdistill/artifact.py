@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from flowdistill.durable import append, atomic_write, create_folder, lock, sweep, write_chunks
+from flowdistill.durable import UNSEALED, append, atomic_write, create_folder, lock, sweep, write_sealed
 from flowdistill.errors import (
     ArtifactError,
     Diverged,
@@ -65,7 +65,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 _METADATA = "flowdistill"
-_UNSEALED = "0" * 64
 _DESCRIPTION_BYTES_AT_MOST = 100_000_000  # the limit of the safetensors format itself
 _DTYPES = {
     "BOOL": ("bool", 1),
@@ -219,22 +218,15 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
     Raises:
         Diverged: a tensor holds values that are not finite; nothing is written.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     if "seal" in header or "__metadata__" in tensors:
         raise ValueError("the header key 'seal' and the tensor name '__metadata__' are taken")
     # Large items first keeps every tensor aligned to its own item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    payload = [_raw(tensors[name]) for name in names]
+    for name in names:
+        _refuse_non_finite(path, name, tensors[name])
     table = _table({name: tensors[name] for name in names})
-    seen = hashlib.sha256(_description(table, header, _UNSEALED))
-    with ThreadPoolExecutor(1) as hashing:
-        for name, chunk in zip(names, payload, strict=True):
-            done = hashing.submit(seen.update, chunk)  # beside the check, since both read all there is
-            _refuse_non_finite(path, name, tensors[name])
-            done.result()
-    start = _description(table, header, seen.hexdigest())
-    return write_chunks(path, (start, *payload), len(start) + sum(map(len, payload)))
+    payload = [_raw(tensors[name]) for name in names]
+    return write_sealed(path, lambda seal: _description(table, header, seal), payload)
 
 
 def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -302,7 +294,7 @@ def _entry(entry: object, origin: int, name: str, path: Path) -> Entry:
 
 def _seal_of(path: Path, start: int, seal: str) -> str:
     with opened(path) as file:
-        seen = hashlib.sha256(file.read(start).replace(seal.encode(), _UNSEALED.encode(), 1))
+        seen = hashlib.sha256(file.read(start).replace(seal.encode(), UNSEALED.encode(), 1))
         return hashlib.file_digest(file, lambda: seen).hexdigest()
 
 

@@ -14,11 +14,14 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flowdistill.errors import FlowdistillError, ResourceError, UsageError
+
+UNSEALED = "0" * 64
+"""In the place of a seal while it is computed."""
 
 
 def atomic_write(path: Path, data: bytes) -> str:
@@ -28,23 +31,34 @@ def atomic_write(path: Path, data: bytes) -> str:
         ResourceError: the disk is full (with bytes needed and free) or fails.
         UsageError: the folder does not exist or cannot be written.
     """
-    return write_chunks(path, (data,), len(data))
+    with _replacing(path, len(data)) as file:
+        _write_all(file, data)
+        os.fsync(file)
+    return hashlib.sha256(data).hexdigest()
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], size_bytes: int) -> str:
-    """`atomic_write` of `size_bytes` that come in pieces."""
-    # The temporary's name is independent of the final one, which may be as long as names can be.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    with _writing(path, size_bytes):
-        try:
-            sha = _fill(temporary, chunks)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-        _sync_folder(path.parent)
-    return sha
+def write_sealed(path: Path, head: Callable[[str], bytes], payload: Sequence[memoryview]) -> str:
+    """`atomic_write` of head(seal) and the payload; returns the SHA-256 of the file.
+
+    The seal is the SHA-256 of head(UNSEALED) and the payload, of the same length as UNSEALED. Hashing goes on
+    beside writing and syncing, all of which let go of the interpreter.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    start = head(UNSEALED)
+    seal = hashlib.sha256(start)
+    with _replacing(path, len(start) + sum(map(len, payload))) as file, ThreadPoolExecutor(1) as hashing:
+        _write_all(file, start)
+        for chunk in payload:
+            done = hashing.submit(seal.update, chunk)
+            _write_all(file, chunk)
+            done.result()
+        start = head(seal.hexdigest())
+        os.lseek(file, 0, os.SEEK_SET)
+        _write_all(file, start)
+        whole = hashing.submit(_sha256, (start, *payload))
+        os.fsync(file)
+        return whole.result()
 
 
 def append(path: Path, data: bytes, at: int) -> int:
@@ -126,22 +140,30 @@ def _acquire(file: int, path: Path) -> None:
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
-def _fill(temporary: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    from concurrent.futures import ThreadPoolExecutor
+@contextmanager
+def _replacing(path: Path, size_bytes: int) -> Iterator[int]:
+    """A file to fill, which then takes the place of `path`, durably; nothing is left of it on failure."""
+    # The temporary's name is independent of the final one, which may be as long as names can be.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    with _writing(path, size_bytes):
+        try:
+            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                yield file
+            finally:
+                os.close(file)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
 
+
+def _sha256(chunks: Iterable[bytes | memoryview]) -> str:
     seen = hashlib.sha256()
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with ThreadPoolExecutor(1) as hashing:
-            for chunk in chunks:
-                done = hashing.submit(
-                    seen.update, chunk
-                )  # hashing and writing both let go of the interpreter
-                _write_all(file, chunk)
-                done.result()
-        os.fsync(file)
-    finally:
-        os.close(file)
+    for chunk in chunks:
+        seen.update(chunk)
     return seen.hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Train the small foreign teachers of the tests: python tests/make_teachers.py [NAME ...], 3 to 6 minutes each.
+"""Train the small foreign teachers of the tests: python tests/make_teachers.py [NAME ...], minutes each.
 
 Each has the layout, the labels of time and the prediction of a family that is imported: EDM's preconditioned
-U-Net, SiT, a DDPM that predicts the noise. They learn the digits that ship with the package, so that the probe
-and the chain of stages are tested on networks that know something.
+U-Net, SiT, a DDPM that predicts the noise. They learn the digits that ship with the package, so that the
+probe and the chain of stages are tested on networks that know something.
 """
 
 from __future__ import annotations

@@ -422,6 +422,30 @@ def test_every_preset_has_a_card_that_builds(tmp_path: Path) -> None:
         assert card.convention is not None and card.licence != "Apache-2.0"
 
 
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("rf-cifar10", 61_804_419),
+        ("slimflow-28m", 27_906_179),
+        ("slimflow-15m", 15_707_235),
+        ("slimflow-7m", 6_989_891),
+        ("slimflow-3m", 3_437_123),
+        ("slimflow-imagenet64-81m", 80_685_315),
+        ("slimflow-imagenet64-45m", 44_685_827),
+        ("lfm-ffhq256-adm", 406_396_420),
+        ("lfm-imagenet256-adm", 407_420_420),
+        ("edm-cifar10-vp", 55_733_891),
+        ("rfpp-cifar10", 56_397_827),
+        ("cfm-cifar10", 35_746_307),
+        ("sit-xl-2", 675_129_632),
+    ],
+)
+def test_published_networks_have_the_published_size(preset: str, count: int) -> None:
+    with torch.device("meta"):
+        network = networks.build(*families.presets()[preset])
+    assert sum(each.numel() for each in network.parameters()) == count
+
+
 def test_importing_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     destination = tmp_path / "edm.safetensors"
     assert execute(["import", str(snapshot(tmp_path)), str(destination), "--json"]) == 0

@@ -69,7 +69,9 @@ def convert(
     except (ArtifactError, UsageError) as error:
         raise type(error)(f"{source}: {error}") from None
     try:
-        sha256 = complete.write(destination, {name: value.load() for name, value in tensors.items()}, dtype=None)
+        sha256 = complete.write(
+            destination, {name: value.load() for name, value in tensors.items()}, dtype=None
+        )
     except Diverged as error:
         detail = str(error).removeprefix(f"{destination}: ").removesuffix(", nothing was written")
         raise ArtifactError(f"{source}: {detail}; nothing was written") from None

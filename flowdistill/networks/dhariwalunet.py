@@ -24,10 +24,27 @@ from flowdistill.networks._edm_layers import (
 _EPSILON = 1e-5
 _CHANNELS_A_HEAD = 64
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "edm-imagenet64-adm": {"img_resolution": 64, "in_channels": 3, "out_channels": 3, "label_dim": 1000}
+_IMAGENET64 = {"img_resolution": 64, "in_channels": 3, "out_channels": 3, "label_dim": 1000}
+_SLIM = _IMAGENET64 | {"model_channels": 128, "num_blocks": 2, "attn_resolutions": [32, 16], "dropout": 0.13}
+_LATENT = {
+    "img_resolution": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 256,
+    "num_blocks": 2,
+    "attn_resolutions": [16, 8, 4],
+    "dropout": 0.0,
 }
-"""The published EDM network of this family."""
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "edm-imagenet64-adm": _IMAGENET64,
+    "rfpp-imagenet64": _IMAGENET64,
+    "slimflow-imagenet64-45m": _SLIM | {"channel_mult": [1, 2, 2, 2]},
+    "slimflow-imagenet64-81m": _SLIM | {"channel_mult": [1, 2, 2, 4]},
+    "lfm-ffhq256-adm": _LATENT,
+    "lfm-bed256-adm": _LATENT,
+    "lfm-imagenet256-adm": _LATENT | {"label_dim": 1000},
+}
+"""The published networks of this kind: EDM's, and those of rf++, SlimFlow and LFM, which took them over."""
 
 
 class DhariwalUNet(nn.Module):

@@ -51,12 +51,18 @@ _DATA: dict[str, dict[str, Any]] = {
     "ffhq64": _SIZE_64 | {"dropout": 0.05},
     "afhq64": _SIZE_64 | {"dropout": 0.25},
 }
+_COMMON = {"in_channels": 3, "out_channels": 3, "augment_dim": 9}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    f"edm-{data}-{kind}": {"in_channels": 3, "out_channels": 3, "augment_dim": 9} | sizes | layers
-    for data, sizes in _DATA.items()
-    for kind, layers in (("vp", _VP), ("ve", _VE))
+    **{
+        f"edm-{data}-{kind}": _COMMON | sizes | layers
+        for data, sizes in _DATA.items()
+        for kind, layers in (("vp", _VP), ("ve", _VE))
+    },
+    "rfpp-cifar10": _COMMON | _CIFAR | _VE,
+    "rfpp-ffhq64": _COMMON | _SIZE_64 | {"dropout": 0.25} | _VE,
+    "rfpp-afhq64": _COMMON | _SIZE_64 | {"dropout": 0.25} | _VE,
 }
-"""The published EDM networks; "vp" is DDPM++ and "ve" is NCSN++."""
+"""The published networks of EDM ("vp" is DDPM++ and "ve" is NCSN++) and of rf++, which began as those."""
 
 
 class Fourier(nn.Module):
