@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Prediction: TypeAlias = Literal["velocity", "x0", "eps", "score", "v"]
 """velocity: dx/dtime of the path; v: alpha eps - sigma x0 of a variance-preserving path (arXiv 2202.00512)"""
 
+_UNBOUNDED = ("ve", "edm", "ddpm")
 MARGIN = 1e-4
 """x0-, eps- and score-predictions are used no nearer than this to the end where they say nothing of v."""
 
@@ -90,6 +91,15 @@ class Convention(Settings):
             )
         if isinstance(self.clock, Nearest) and not isinstance(self.interpolant, DDPM):
             raise ValueError(f"clock 'nearest' needs interpolant 'ddpm', found '{self.interpolant.name}'")
+        levels = self.interpolant.name in ("ve", "edm")
+        if isinstance(self.clock, Logarithmic) and not levels:
+            raise ValueError(
+                f"clock 'logarithmic' needs noise levels (ve, edm), found '{self.interpolant.name}'"
+            )
+        if isinstance(self.clock, Linear) and self.clock.reversed and self.interpolant.name in _UNBOUNDED:
+            raise ValueError(
+                f"the time of interpolant '{self.interpolant.name}' has no end to be reversed at"
+            )
         low, high = self.span
         if not low < high:
             raise ValueError(f"t_min {low:g} must be less than t_max {high:g}")
@@ -116,7 +126,7 @@ class Convention(Settings):
         predicts. At t = 1 that is where EDM's and diffusers' samplers start.
         """
         low, high = self.span
-        precise = t.double() if t.device.type != "mps" else t.float()
+        precise = _precise(t)
         inside = precise.clamp(low, high)
         share = (high / precise).clamp(max=1)
         time = self.interpolant.time_at(inside)
@@ -130,14 +140,11 @@ class Convention(Settings):
 
     def output(self, v: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """What the network would return where the velocity is v: the inverse of `canonical` in its span."""
-        a, b = self.coefficients(t.double())
+        a, b = self.coefficients(_precise(t))
         return _times(self.sign / b, v) - _times(self.sign * a / b, z)
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """a and b of v = a z + b p at canonical t, [B], float64.
-
-        Each is written so that it divides by nothing that vanishes where the prediction determines v.
-        """
+        """a and b of v = a z + b p at canonical t [B] within the span, [B], in the type of t."""
         if self.prediction == "x0":
             return 1 / t, -1 / t
         if self.prediction == "eps":
@@ -156,13 +163,18 @@ class Convention(Settings):
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """Squared error of the network's output in units of that of v, at the same z and t, [B]."""
-        _, b = self.coefficients(t.double())
+        _, b = self.coefficients(_precise(t))
         return b.square().reciprocal()
 
     def density(self, native: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         """Density of canonical t [B] where the path's own time has the density `native`."""
-        time = self.interpolant.time_at(t.double())
+        time = self.interpolant.time_at(_precise(t))
         return native(time) / self.interpolant.canonical_rate(time)
+
+
+def _precise(t: Tensor) -> Tensor:
+    """t in float64, where the device has it: B numbers, whose rounding would be seen in every sample."""
+    return t.double() if t.device.type != "mps" else t.float()
 
 
 def _times(factor: Tensor, x: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Deviation(Settings):
 
     def __call__(self, guided: Tensor, conditional: Tensor) -> Tensor:
         every = tuple(range(1, guided.ndim))
-        ratio = conditional.std(every, keepdim=True) / guided.std(every, keepdim=True)
+        spread = guided.std(every, keepdim=True).clamp(min=1e-30)
+        ratio = conditional.std(every, keepdim=True) / spread
         return guided * (1 - self.strength + self.strength * ratio)
 
 
@@ -134,4 +135,4 @@ def _norm(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     import torch
 
     norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-    return norm
+    return norm.clamp(min=torch.finfo(x.dtype).tiny)

@@ -255,7 +255,7 @@ class DDPM(AffinePath):
     )
     beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta, where the rule has one")
     beta_end: float = Field(0.02, gt=0, lt=1, description="last beta, where the rule has one")
-    steps: int = Field(1000, ge=2, le=100_000, description="entries of the table")
+    steps: int = Field(1000, ge=2, le=4000, description="entries of the table")
     zero_terminal_snr: bool = Field(
         False, description="betas rescaled so that the last state is pure noise (arXiv 2305.08891)"
     )
@@ -335,9 +335,10 @@ def _table(path: DDPM) -> Tensor:
     else:
         roots = torch.linspace(path.beta_start**0.5, path.beta_end**0.5, path.steps, dtype=torch.float64)
         betas = roots.square()
-    share = (1 - betas).cumprod(0)
+    log_share = (-betas).log1p().cumsum(0)  # of alpha^2
     if path.zero_terminal_snr:
-        root = share.sqrt()
+        root = (0.5 * log_share).exp()
         share = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
-        share[-1] = _SMALLEST_SHARE
-    return 0.5 * (share.log() - (1 - share).log())
+        share[-1] = min(_SMALLEST_SHARE, float(share[-2]) / 4)  # the table has to fall
+        log_share = share.log()
+    return 0.5 * (log_share - (-log_share.expm1()).log())

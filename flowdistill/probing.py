@@ -7,7 +7,9 @@ With u = eps - x0 and z = (1 - t) x0 + t eps, the field v(z, t) = E[u | z] obeys
     spread       along its own paths, E|z_t|^2 = (1 - t)^2 E|z_0|^2 + t^2
     direction    at t = 1, where z is noise, v has slope 1 on z
 
-The data are real ones where they are given, else the model's own samples. A reversed sign or clock, labels
+The data are real ones where they are given, else the model's own samples. Of a model that was made from
+another (`distilled` in its card) noise and data are not independent, and less is asked: that v points to the
+noise at all, and that it agrees with u on pairs of its own. A reversed sign or clock, labels
 of time on the wrong scale, or an output that is taken for another prediction break at least one of these. If
 one is broken, the same laws are asked under other readings of the network, the nearest first; the one that
 obeys them is the remedy.
@@ -41,14 +43,19 @@ Verdict = Literal["ok", "wrong", "skipped", "note"]
 SAMPLES = 1024
 """More real samples are not looked at."""
 _TIMES = (0.1, 0.3, 0.5, 0.7, 0.95)
-_STEPS = 16
+_STEPS = 10
+"""Of Heun, for the model's own samples."""
 _VALUES = 6_144
 """Numbers in the samples of one judgement: averages over so many are good to a few percent."""
 _SEED = 20_240_531
-_LIMITS = {"direction": 0.25, "spread": 0.09, "skill": 0.1, "projection": 0.3, "scale": 0.3}
+_LIMITS = {"direction": 0.25, "spread": 0.1, "skill": 0.1, "projection": 0.25, "scale": 0.3}
 """How far each law may be off: slope and correlation by themselves, ratios by their logarithm."""
-_STD = (0.1, 2.0)
+_STD = (0.05, 10.0)
 """Deviation of data as models have it, 0.3 to 0.8 for pixels and about 1 for latents, with room to spare."""
+_LIKELY = (0.15, 3.0)
+"""The same of a reading that nobody has declared."""
+_DISTILLED = {"direction": 0.9, "skill": -0.3}
+"""Of distilled models: how far the slope may be from 1, and the log of the error on own pairs, at most."""
 _TRUSTED: set[str] = set()
 """Digests of the models that have obeyed."""
 
@@ -107,6 +114,8 @@ class Trial:
         """Ask a model for the laws, read as its card says or otherwise; the first alone if that is broken."""
         velocity = _field(model, convention)
         top = _top(convention or model.card.convention or Convention())
+        if model.card.distilled:
+            return self._judge_distilled(velocity, top)
         figures = {"top": top, "direction": self._direction(velocity, top)}
         excess = {"direction": abs(figures["direction"] - 1) / _LIMITS["direction"]}
         if excess["direction"] > 1:
@@ -121,6 +130,27 @@ class Trial:
         excess["scale"] = self._scale(figures["mean"], figures["std"])
         finite = {name: value if math.isfinite(value) else math.inf for name, value in excess.items()}
         return Judgement(finite, figures)
+
+    def _judge_distilled(self, velocity: VelocityField, top: float) -> Judgement:
+        """Direction, and the error of v on the model's own pairs of noise and sample."""
+        figures = {"top": top, "direction": self._direction(velocity, top)}
+        excess = {"direction": abs(figures["direction"] - 1) / _DISTILLED["direction"]}
+        if excess["direction"] > 1:
+            return Judgement(excess, figures)
+        eps = self.noise("path")
+        x0, _ = self._own(velocity)
+        figures["mean"], figures["std"] = float(x0.mean()), float(x0.std())
+        u, errors = flow.velocity(x0, eps), []
+        for t in _TIMES:
+            times = x0.new_full((len(x0),), t)
+            v = velocity(flow.interpolate(x0, eps, times), times, self.labels)
+            errors.append(float((u - v).square().mean() / u.square().mean()))
+        figures["own"] = sum(errors) / len(errors)
+        excess["own"] = math.exp(_log(figures["own"]) - _DISTILLED["skill"])
+        excess["scale"] = self._scale(figures["mean"], figures["std"])
+        return Judgement(
+            {name: value if math.isfinite(value) else math.inf for name, value in excess.items()}, figures
+        )
 
     def noise(self, purpose: str) -> Tensor:
         """eps [count, *shape], the same for every field."""
@@ -142,7 +172,7 @@ class Trial:
         def note(step: int, t: float, z: Tensor, v: Tensor) -> None:
             sizes.append((t, float(z.square().mean())))
 
-        x0 = integrate(velocity, self.noise("path"), uniform(_STEPS), SOLVERS["euler"], self.labels, note)
+        x0 = integrate(velocity, self.noise("path"), uniform(_STEPS), SOLVERS["heun"], self.labels, note)
         (_, start), *rest = sizes
         end = float(x0.square().mean())
         ratios = [size / ((1 - t) ** 2 * end + t**2 * start) for t, size in rest]
@@ -157,7 +187,8 @@ class Trial:
             v = velocity(z, times, self.labels)
             skill = max(skill, float((u - v).square().mean() / (u - _linear(x0, z, t)).square().mean()))
             for other in (z, v):
-                projection = max(projection, abs(float(((u - v) * other).mean() / other.square().mean())))
+                size = (other.square().mean() * u.square().mean()).sqrt()
+                projection = max(projection, abs(float(((u - v) * other).mean() / size)))
         return skill, projection
 
     def _scale(self, mean: float, std: float) -> float:
@@ -266,8 +297,15 @@ def _laws(trial: Trial, judgement: Judgement) -> Iterator[Finding]:
     yield finding(
         "direction", "direction", f"at t = {figures['top']:.3g} v has slope {slope:.2f} on noise: {words}"
     )
-    if "spread" not in figures:
+    if "std" not in figures:
         yield Finding("clock", "skipped", "says nothing while the direction is wrong")
+        return
+    known = "" if trial.moments is None else ", the data {:.2f} and {:.2f}".format(*trial.moments)
+    scale = f"its samples have mean {figures['mean']:.2f} and deviation {figures['std']:.2f}{known}"
+    if "own" in figures:
+        text = f"error of v on its own pairs is {figures['own']:.2f} of what 0 would have"
+        yield finding("own pairs", "own", text)
+        yield finding("scale", "scale", scale)
         return
     of = "its own samples" if trial.data is None else "real data"
     yield finding(
@@ -281,9 +319,7 @@ def _laws(trial: Trial, judgement: Judgement) -> Iterator[Finding]:
     yield finding(
         "clock", "projection", f"error and input of v correlate by {figures['projection']:.2f} or less"
     )
-    known = "" if trial.moments is None else ", the data {:.2f} and {:.2f}".format(*trial.moments)
-    text = f"its samples have mean {figures['mean']:.2f} and deviation {figures['std']:.2f}{known}"
-    yield finding("scale", "scale", text)
+    yield finding("scale", "scale", scale)
 
 
 def _more(model: Model, trial: Trial) -> Iterator[Finding]:
@@ -343,14 +379,15 @@ def _remedy(model: Model, trial: Trial, judgement: Judgement) -> tuple[str, Mapp
     if broken == ["scale"]:
         return _rescaling(model, trial, judgement)
     for level in _readings(declared):
-        judged = [(trial.judge(model, reading).worst, reading) for reading in level]
-        worst, best = min(judged, key=lambda pair: pair[0])
-        if worst <= 1:
+        judged = [(trial.judge(model, reading), reading) for reading in level]
+        found, best = min(judged, key=lambda pair: pair[0].worst)
+        # A guess has to be likely as well: almost any network is the x0-prediction of some odd data.
+        if found.worst <= 1 and (trial.moments or _LIKELY[0] < found.figures["std"] < _LIKELY[1]):
             stanza = best.model_dump(mode="json", exclude_none=True)
             return f"looks {_difference(declared, best)}", {"convention": stanza}
     return (
         f"breaks the laws of a velocity field ({', '.join(broken)}), and no usual reading of the network "
-        "mends it; are these the weights of this architecture, trained to the end?"
+        "mends it; is it trained to the end, or made from another model (`distilled: true` in its card)?"
     ), {}
 
 
@@ -390,7 +427,7 @@ def _clocks(declared: Convention) -> Iterator[Clock]:
         return
     steps = isinstance(declared.interpolant, DDPM)
     for scale in sorted({clock.scale, 1.0, *(() if steps or clock.scale > 500 else (1000.0,))}):
-        for backwards in (clock.reversed, not clock.reversed):
+        for backwards in (False, True):
             yield Linear(scale=scale, reversed=backwards)
 
 

@@ -155,6 +155,19 @@ def test_rates_are_derivatives_and_noise_grows(path: AffinePath, share: float) -
     assert float(path.wronskian(time)) > 0
 
 
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("steps", [2, 50, 1000, 4000])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_every_table_falls(betas: Any, steps: int, zero: bool) -> None:
+    path = DDPM(betas=betas, steps=steps, zero_terminal_snr=zero)
+    table = path.log_ratios()
+    assert bool(table.isfinite().all()) and bool((table.diff() < 0).all())
+    t = torch.linspace(*path.span, 301, dtype=torch.float64)
+    torch.testing.assert_close(path.t_at(path.time_at(t)), t, rtol=1e-9, atol=1e-9)
+    ends = path.time_at(torch.tensor(path.span, dtype=torch.float64))
+    torch.testing.assert_close(ends, torch.tensor([0.0, steps - 1.0]).double(), rtol=0, atol=1e-3)
+
+
 @EACH_PATH
 def test_own_time_and_canonical_time_are_inverse(path: AffinePath) -> None:
     t = inside(Convention(interpolant=path))
@@ -417,6 +430,8 @@ def test_a_gaussian_table_has_the_closed_form_velocity() -> None:
     [
         ({"prediction": "v"}, "constant variance"),
         ({"clock": {"name": "nearest"}}, "needs interpolant 'ddpm'"),
+        ({"clock": {"name": "logarithmic"}}, "needs noise levels"),
+        ({"interpolant": {"name": "ddpm"}, "clock": {"name": "linear", "reversed": True}}, "no end"),
         ({"t_min": 0.5, "t_max": 0.4}, "less than"),
         ({"sign": 0}, "1"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from flowdistill import networks
 
 TEXT = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text()
-ADAPTER, TEST = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+ADAPTER, TEST = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 (CARD,) = re.findall(r"```yaml\n(architecture: shallow\n.*?)```", TEXT, re.DOTALL)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flowdistill import artifact, flow, importing, networks, teachers
+from flowdistill import artifact, checkpoints, flow, importing, networks, teachers
 from flowdistill.cli import execute
 from flowdistill.errors import ArtifactError, FlowdistillError, RecipeError, UsageError
 from flowdistill.importing import families
@@ -401,6 +403,83 @@ def test_mistakes_in_a_card_are_told_with_their_place(tmp_path: Path) -> None:
     assert "card.yaml:2" in text and "did you mean 'sign'" in text
     assert "card.yaml:3" in text and "linear" in text
     assert "card.yaml:4" in text
+
+
+def edm_record(**changes: Any) -> dict[str, Any]:
+    """The fixture's snapshot as the reader gives it, with attributes of its network changed."""
+    import copy
+
+    with tempfile.TemporaryDirectory() as folder:
+        content = checkpoints.read(snapshot(Path(folder))).content
+    network = content["ema"].state["_modules"]["model"]
+    state = copy.copy(network.state) | changes
+    modules = {
+        "model": replace(network, state={key: value for key, value in state.items() if value != "gone"})
+    }
+    return {"ema": replace(content["ema"], state={**content["ema"].state, "_modules": modules})}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_modules": [1]}, "'_modules' of one of its modules is a list"),
+        ({"_parameters": {3: None}}, "expected a dict by name"),
+        ({"_init_kwargs": "gone"}, "missing|not there|unknown|another"),
+        ({"_init_kwargs": [1]}, "'_init_kwargs' of one of its modules"),
+        ({"_init_kwargs": {"img_resolution": {"a": 1}}}, "expected plain values"),
+        ({"_init_kwargs": {"img_resolution": "eight"}}, "shape"),
+        ({"_init_kwargs": {"num_blocks": 10**5}}, "far more than the file has"),
+        ({"_init_kwargs": {"num_blocks": 10**5, "model_channels": 10**9}}, "songunet"),
+    ],
+)
+def test_an_edm_file_that_lies_about_its_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    read = checkpoints.Checkpoint(tmp_path / "x.pkl", "pickle", "0" * 64, edm_record(**changes))
+    monkeypatch.setattr(checkpoints, "read", lambda path: read)
+    with pytest.raises((ArtifactError, UsageError), match=message):
+        importing.convert(tmp_path / "x.pkl", tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "state"),
+    [
+        ("EDMPrecond", {"sigma_data": "half"}),
+        ("EDMPrecond", {"sigma_data": torch.ones(1)}),
+        ("VPPrecond", {"M": float("inf")}),
+        ("iDDPMPrecond", {"C_1": 0.5}),
+        ("Precond", {}),
+    ],
+)
+def test_constants_of_a_wrapper_that_are_none(wrapper: str, state: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError):
+        families.edm_reading(wrapper, state)
+
+
+def test_a_model_file_that_lies_about_its_network(tmp_path: Path) -> None:
+    """A card is a claim: a network that is far larger than the file is not built."""
+    network = tiny("dit", TINY_SIT)
+    card = {"architecture": "dit", "arguments": TINY_SIT | {"depth": 10**7}, "shape": [4, 8, 8]}
+    artifact.save_tensors(tmp_path / "x.safetensors", network.state_dict(), card)
+    with pytest.raises(ArtifactError, match="far more than the file has"):
+        teachers.load(tmp_path / "x.safetensors")
+
+
+def test_a_stanza_changes_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
+    made = importing.convert(snapshot(tmp_path), tmp_path / "edm.safetensors")
+    stanza = card_file(tmp_path, {"convention": {"t_max": 0.9}, "arguments": {"dropout": 0.5}})
+    again = importing.convert(made.path, tmp_path / "again.safetensors", card=stanza)
+    assert made.card.convention is not None and again.card.convention is not None
+    assert again.card.convention == made.card.convention.model_copy(update={"t_max": 0.9})
+    assert again.card.arguments == made.card.arguments | {"dropout": 0.5}
+    assert again.card.source == made.card.source  # where the weights come from does not change
+
+
+def test_a_shape_that_is_not_the_networks_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, dict(tiny("dit", TINY_SIT).state_dict()))
+    stanza = card_file(tmp_path, {"arguments": TINY_SIT, "shape": [3, 8, 8]})
+    with pytest.raises(UsageError, match=r"says shape \[3, 8, 8\], its network has \[4, 8, 8\]"):
+        importing.convert(path, tmp_path / "x.safetensors", preset="sit", card=stanza)
 
 
 def test_a_flowturbo_refiner_is_refused_by_name(tmp_path: Path) -> None:

@@ -156,6 +156,47 @@ def test_real_data_judge_an_unconditional_model() -> None:
     assert verdicts["denoising"] == "wrong" and verdicts["direction"] == "ok"
 
 
+class Straight(nn.Module):
+    """The 2-rectified flow of N(0, A^2) by its Gaussian teacher: x0 = A eps, v = (I - A) eps."""
+
+    def __init__(self, stds: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("stds", stds)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        at, stds = expand(t, x), self.get_buffer("stds")
+        return (1 - stds) * x / ((1 - at) * stds + at)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_reflowed_model_is_judged_on_its_own_pairs(sign: int) -> None:
+    """Its noise and data are not independent, which its card says; a wrong sign is found all the same."""
+    stds = torch.linspace(0.2, 0.9, 3 * 64).reshape(3, 8, 8)
+    card = teachers.Card(architecture="none", shape=(3, 8, 8), convention=Convention(), distilled=True)
+    model = Model(card, Canonical(_raw(Straight(stds)), Convention(sign=sign)), "")  # type: ignore[arg-type]
+    report = probing.probe(replace(model, card=card.model_copy(update={"convention": Convention(sign=sign)})))
+    assert report.wrong is (sign == -1)
+    if sign == -1:
+        assert "sign is reversed" in report.diagnosis
+    undeclared = card.model_copy(update={"distilled": False})
+    assert probing.probe(replace(model, card=undeclared)).wrong
+
+
+def _raw(network: nn.Module) -> nn.Module:
+    return network
+
+
+def test_a_student_of_ours_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = [
+        {"pairs": {"count": 256, "solver": "heun", "steps": 6}},
+        {"reflow": {"steps": 60, "batch_size": 32, "loss": {"name": "pseudo-huber"}}},
+    ]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"teacher": "builtin:digits", "stages": stages}))
+    assert execute(["run", "recipe.yaml", "-q", "--out", "runs"]) == 0
+    assert execute(["probe", "runs/reflow"]) == 0
+
+
 def test_an_untrained_network_has_no_remedy() -> None:
     card = foreign("sit").card
     torch.manual_seed(0)
@@ -165,7 +206,7 @@ def test_an_untrained_network_has_no_remedy() -> None:
             parameter.add_(0.2 * torch.randn_like(parameter))
     report = probing.probe(model)
     assert report.wrong and not report.remedy
-    assert "trained to the end" in report.diagnosis
+    assert "trained to the end" in report.diagnosis and "distilled" in report.diagnosis
 
 
 def test_classes_without_effect_are_noticed() -> None:

@@ -75,6 +75,19 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
             act({"name": str(SIT), **options})
 
 
+def test_guidance_that_a_model_cannot_have_is_refused() -> None:
+    for name, guidance, message in (
+        (str(SIT), {"scale": 2.0, "channels": 3}, "channels is 3"),
+        (
+            str(SIT.with_name("ddpm.safetensors")),
+            {"scale": 2.0, "rescale": {"name": "clip"}},
+            "predict velocity",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            teachers.open_model({"name": name, "guidance": guidance})
+
+
 def test_only_foreign_models_have_to_prove_themselves() -> None:
     assert teachers.open_model(str(SIT)).probe
     assert not teachers.open_model({"name": str(SIT), "probe": False}).probe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,15 +59,15 @@ def convert(
     checkpoint = checkpoints.read(source)
     try:
         found = find(checkpoint, weights)
-        known = _own_card(checkpoint, source) | {**found.card, **known, **stanza}
+        known = _over(stanza, {**_own_card(checkpoint, source), **found.card, **known})
         if not {"architecture", "convention"} <= known.keys():
-            known = _recognised(found) | known
+            known = _over(known, _recognised(found))
         complete = _card(known, checkpoint, found)
-        network = _empty(complete.architecture, complete.arguments)
+        network = teachers.outline(complete, found.tensors)
         tensors = {**found.tensors, **_named(network, found.ordered)}
-        teachers.expect(tensors, network, f"architecture '{complete.architecture}'")
     except (ArtifactError, UsageError) as error:
-        raise type(error)(f"{source}: {error}") from None
+        text = str(error).removeprefix(f"{source}: ")
+        raise type(error)(f"{source}: {text}") from None
     try:
         sha256 = complete.write(
             destination, {name: value.load() for name, value in tensors.items()}, dtype=None
@@ -113,7 +113,7 @@ def _own_card(checkpoint: checkpoints.Checkpoint, path: Path) -> dict[str, Any]:
 def _recognised(found: Found) -> dict[str, Any]:
     """The card of the one preset that has these names and shapes."""
     shapes = {name: tuple(value.shape) for name, value in found.tensors.items()}
-    fitting = [name for name, expected in _shapes_of_presets() if expected == shapes]
+    fitting = [name for name, expected in _shapes_of_presets(shapes) if expected == shapes]
     if len(fitting) == 1:
         return families.card_of(fitting[0])
     if fitting:
@@ -126,8 +126,25 @@ def _recognised(found: Found) -> dict[str, Any]:
     )
 
 
-def _shapes_of_presets() -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+def _over(card: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's card over what is known; convention, latent and the same network's arguments key by key."""
+    known = dict(below)
+    for key, value in card.items():
+        beneath = known.get(key)
+        joined = isinstance(value, Mapping) and isinstance(beneath, Mapping)
+        if key == "arguments" and card.get("architecture", below.get("architecture")) != below.get(
+            "architecture"
+        ):
+            joined = False
+        known[key] = {**beneath, **value} if joined else value  # type: ignore[dict-item]
+    return known
+
+
+def _shapes_of_presets(names: Collection[str]) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+    """Names and shapes of the published networks of the architectures that have these names."""
     for name, (architecture, arguments) in presets().items():
+        if families.SIGNATURES[architecture] not in names:
+            continue
         network = _empty(architecture, arguments)
         yield name, {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
@@ -135,9 +152,12 @@ def _shapes_of_presets() -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
 def _card(known: Mapping[str, Any], checkpoint: checkpoints.Checkpoint, found: Found) -> Card:
     """The complete card, with the provenance."""
     content = {key: value for key, value in known.items() if key != "family"}
-    if "shape" not in content:
-        content = families.described(content["architecture"], content.get("arguments", {})) | content
-    content["source"] = {
+    if "shape" not in content or content["architecture"] in families.SIGNATURES:
+        described = families.described(content["architecture"], content.get("arguments", {}))
+        content = described | content
+        if list(content["shape"]) != described["shape"]:
+            raise UsageError(f"its card says shape {content['shape']}, its network has {described['shape']}")
+    content["source"] = known.get("source") or {
         "file": checkpoint.path.name,
         "sha256": checkpoint.sha256,
         "format": checkpoint.format,

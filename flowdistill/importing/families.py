@@ -6,6 +6,7 @@ A preset is a published network: `rf-cifar10` is the arguments of that name in `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -47,7 +48,8 @@ FAMILIES: Mapping[str, Family] = {
         "SlimFlow",
         {
             "convention": {"sign": -1, "clock": _DATA_WARD | {"scale": 999.0}, "t_max": 0.999},
-            "licence": "none stated for the weights (SlimFlow)",
+            "distilled": True,
+            "licence": "Apache-2.0 (SlimFlow)",
         },
     ),
     "sit": Family(
@@ -82,6 +84,7 @@ FAMILIES: Mapping[str, Family] = {
                 "interpolant": {"name": "edm", "sigma_min": 1e-5, "sigma_max": 1e5},
                 "clock": {"name": "logarithmic", "scale": 0.25},
             },
+            "distilled": True,
             "licence": "none stated for the weights (rf++); those of EDM that they began as: CC BY-NC-SA 4.0",
         },
     ),
@@ -91,6 +94,14 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
+SIGNATURES: Mapping[str, str] = {
+    "songunet": "map_layer0.weight",
+    "dhariwalunet": "map_layer0.weight",
+    "ncsnpp": "all_modules.2.weight",
+    "admunet": "time_embed.0.weight",
+    "dit": "x_embedder.proj.weight",
+}
+"""A name that all weights of an architecture have."""
 # Of each architecture: its arguments for channels, side and number of classes.
 _SIZES: Mapping[str, tuple[str, str, str]] = {
     "songunet": ("in_channels", "img_resolution", "label_dim"),
@@ -162,23 +173,39 @@ def edm_reading(wrapper: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """The convention of an EDM preconditioning (arXiv 2206.00364, Table 1); `state` has its constants."""
     match wrapper:
         case "EDMPrecond":
-            path = {"name": "edm", "sigma_data": float(state.get("sigma_data", 0.5))}
+            path = {"name": "edm", "sigma_data": _number(state, "sigma_data", 0.5)}
             return _EDM | {"interpolant": path, "clock": {"name": "logarithmic", "scale": 0.25}}
         case "VPPrecond":
-            low, spread = float(state.get("beta_min", 0.1)), float(state.get("beta_d", 19.9))
+            low, spread = _number(state, "beta_min", 0.1), _number(state, "beta_d", 19.9)
             path = {
                 "name": "vp",
                 "beta_min": low,
                 "beta_max": low + spread,
-                "time_min": float(state.get("epsilon_t", 1e-5)),
+                "time_min": _number(state, "epsilon_t", 1e-5),
             }
-            scale = float(state.get("M", 1000)) - 1
+            scale = _number(state, "M", 1000) - 1
             return {"interpolant": path, "prediction": "eps", "clock": {"name": "linear", "scale": scale}}
         case "VEPrecond":
             clock = {"name": "logarithmic", "over": 2.0}
-            return {"interpolant": {"name": "ve"}, "prediction": "eps", "sign": -1, "clock": clock}
+            path = {
+                "name": "ve",
+                "sigma_min": _number(state, "sigma_min", 0.02),
+                "sigma_max": _number(state, "sigma_max", 100.0),
+            }
+            return {"interpolant": path, "prediction": "eps", "sign": -1, "clock": clock}
         case "iDDPMPrecond":
-            path = {"name": "ddpm", "betas": "squaredcos_cap_v2", "steps": int(state.get("M", 1000))}
+            for name, value in (("C_1", 0.001), ("C_2", 0.008)):
+                if _number(state, name, value) != value:
+                    raise ArtifactError(f"iDDPM's table with {name} = {state[name]}, only {value} is known")
+            path = {"name": "ddpm", "betas": "squaredcos_cap_v2", "steps": int(_number(state, "M", 1000))}
             return {"interpolant": path, "prediction": "eps", "clock": {"name": "nearest"}}
     known = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
     raise ArtifactError(unknown("EDM preconditioning", wrapper, known))
+
+
+def _number(state: Mapping[str, Any], name: str, default: float) -> float:
+    """A constant of a wrapper, which the file may lack."""
+    value = state.get(name, default)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ArtifactError(f"its '{name}' is {quoted(value)}, expected a number")
+    return float(value)

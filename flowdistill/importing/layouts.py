@@ -26,7 +26,7 @@ class Found:
     """Weights by name and what is known of them; `card` has parts of a card, and `family`, as far as told."""
 
     tensors: Tensors
-    weights: Wanted
+    weights: str
     card: Mapping[str, Any] = field(default_factory=dict)
     ordered: Sequence[StoredTensor] = ()
     """The average of the parameters without names, in the order of the network's own list."""
@@ -36,7 +36,7 @@ def find(checkpoint: Checkpoint, wanted: Wanted | None) -> Found:
     """The weights in a checkpoint: the average, unless the file has none or `wanted` says otherwise."""
     content = checkpoint.content
     if checkpoint.format == "safetensors":
-        return Found(_unprefixed(content["tensors"]), "ema" if wanted is None else wanted)
+        return Found(_unprefixed(content["tensors"]), "unknown")
     for holder in (content, *(content.values() if isinstance(content, Mapping) else ())):
         if _is_persistent(holder):
             return _edm(content, wanted)
@@ -45,7 +45,7 @@ def find(checkpoint: Checkpoint, wanted: Wanted | None) -> Found:
     options = content.get("args")
     hints = dict(options.state) if isinstance(options, Record) and isinstance(options.state, Mapping) else {}
     if _is_state(content):
-        return _recognised(Found(_unprefixed(content), wanted or "ema"), hints)
+        return _recognised(Found(_unprefixed(content), "unknown"), hints)
     average = next((content[key] for key in _AVERAGES if key in content), None)
     trained = next((content[key] for key in _TRAINED if _is_state(content.get(key))), None)
     if isinstance(average, Mapping) and isinstance(average.get("shadow_params"), list):
@@ -75,12 +75,16 @@ def _edm(content: Any, wanted: Wanted | None) -> Found:
     if wanted == "model" and key == "ema":
         raise UsageError("holds the averaged weights alone; leave --weights out")
     wrapper = holders[key]
-    network = wrapper.state.get("_modules", {}).get("model")
+    network = _members(wrapper, "_modules").get("model")
     if not _is_persistent(network) or network.arguments[0] not in _EDM_NETWORKS:
         name = network.arguments[0] if _is_persistent(network) else _what(network)
         raise ArtifactError(f"its network is {quoted(name)}, expected one of {', '.join(_EDM_NETWORKS)}")
     architecture = _EDM_NETWORKS[network.arguments[0]]
-    card = families.described(architecture, network.state["_init_kwargs"])
+    arguments = _members(network, "_init_kwargs")
+    for name, value in arguments.items():
+        if not _plain(value):
+            raise ArtifactError(f"argument '{name}' of its network is {_what(value)}, expected plain values")
+    card = families.described(architecture, arguments)
     card |= families.FAMILIES["edm"].card
     card |= {"convention": families.edm_reading(wrapper.arguments[0], wrapper.state), "family": "EDM"}
     return Found(dict(_walk(network, "")), "ema" if key == "ema" else "model", card)
@@ -89,14 +93,29 @@ def _edm(content: Any, wanted: Wanted | None) -> Found:
 def _walk(module: Record, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
     """Parameters and buffers of a module that was saved whole, as its state dict would name them."""
     for group in ("_parameters", "_buffers"):
-        for name, value in (module.state.get(group) or {}).items():
+        for name, value in _members(module, group).items():
             if isinstance(value, StoredTensor):
                 yield prefix + name, value
-    for name, child in (module.state.get("_modules") or {}).items():
+    for name, child in _members(module, "_modules").items():
         if isinstance(child, Record) and isinstance(child.state, Mapping):
             yield from _walk(child, f"{prefix}{name}.")
         elif child is not None:
             raise ArtifactError(f"module '{prefix}{name}' is {_what(child)}")
+
+
+def _members(module: Record, group: str) -> dict[str, Any]:
+    """A mapping by name in the attributes of a module that was saved whole."""
+    members = module.state.get(group) or {}
+    if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
+        raise ArtifactError(f"'{group}' of one of its modules is {_what(members)}, expected a dict by name")
+    return dict(members)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value can stand in a card."""
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _list_average(trained: Any, average: list[Any], wanted: Wanted | None) -> Found:
@@ -145,7 +164,7 @@ def _is_state(value: Any) -> TypeGuard[Tensors]:
     )
 
 
-def _is_persistent(value: Any) -> bool:
+def _is_persistent(value: Any) -> TypeGuard[Record]:
     return isinstance(value, Record) and value.name == PERSISTENT_OBJECT and isinstance(value.state, Mapping)
 
 

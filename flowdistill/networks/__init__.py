@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from flowdistill.errors import ArtifactError, UsageError, unknown
+from flowdistill.errors import ArtifactError, UsageError, quoted, unknown
 
 
 def architectures() -> tuple[str, ...]:
@@ -29,8 +31,13 @@ def argument(architecture: str, arguments: Mapping[str, Any], name: str) -> Any:
     return arguments.get(name, default)
 
 
-def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build(
+    architecture: str, arguments: Mapping[str, Any], parameters_at_most: int | None = None
+) -> nn.Module:
     """A new network with random weights.
+
+    Arguments that come from a file are a claim: with `parameters_at_most` a network of more parameters than
+    that is given up before it is complete.
 
     Raises `UsageError` for an unknown architecture and `ArtifactError` for arguments that its
     constructor does not take or refuses.
@@ -43,10 +50,32 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         if name not in parameters:
             raise ArtifactError(unknown(f"{architecture} argument", name, tuple(parameters)))
     try:
-        return kind(**arguments)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ArtifactError(f"{architecture}({given}): {error}") from error
+        with _bounded(parameters_at_most):
+            return kind(**arguments)
+    except Exception as error:  # whatever a constructor makes of arguments that it was not made for
+        given = ", ".join(f"{name}={quoted(value)}" for name, value in arguments.items())
+        raise ArtifactError(f"{architecture}({given}): {str(error) or type(error).__name__}") from error
+
+
+@contextmanager
+def _bounded(parameters: int | None) -> Iterator[None]:
+    """Raise ValueError when modules register more parameters than that."""
+    if parameters is None:
+        yield
+        return
+    left = parameters
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= parameter is not None
+        if left < 0:
+            raise ValueError(f"it has more than {parameters} parameters, far more than the file has tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def constructor(architecture: str) -> type[nn.Module]:

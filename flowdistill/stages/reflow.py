@@ -54,6 +54,7 @@ class Reflow(Training):
             "parents": dict(work.parents),
             "settings": dict(work.settings),
             "guidance": None,  # it is in the pairs
+            "distilled": True,
             "figures": {},
             "notes": "",
         }

@@ -66,7 +66,7 @@ class Model:
                 v: Tensor = network(x, t, labels)
                 if guidance is None or labels is None or not guidance.needs_null:
                     return v
-                if not guidance.applies(t).any():
+                if guidance.interval != (0.0, 1.0) and not guidance.applies(t).any():
                     return v
                 return guidance.combine(v, network(x, t, self.null(labels)), t)
 
@@ -185,11 +185,28 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
         found = load(locate(name), device)
         found = replace(found, digest=_digest(found.digest, chosen))
     guidance = chosen.guidance or found.card.guidance
+    if guidance is not None:
+        _check_guidance(name, guidance, found.card)
     return replace(
         found,
         card=found.card.model_copy(update={"guidance": guidance}),
         probe=chosen.probe and found.card.foreign,
     )
+
+
+def _check_guidance(name: str, guidance: Guidance, card: Card) -> None:
+    """Refuse guidance that the model cannot have."""
+    if not card.classes:
+        raise UsageError(f"teacher {name}: guidance needs a model with classes or prompts, this one has none")
+    if guidance.channels is not None and guidance.channels > card.shape[0]:
+        raise UsageError(
+            f"teacher {name}: guidance.channels is {guidance.channels}, the model has {card.shape[0]}"
+        )
+    predicted = card.convention.prediction if card.convention else "velocity"
+    if guidance.rescale is not None and predicted != "velocity":
+        raise UsageError(
+            f"teacher {name}: guidance.rescale is for networks that predict velocity, this one: {predicted}"
+        )
 
 
 def _closed_form(name: str, options: Mapping[str, Any], device: str) -> Model:
@@ -217,16 +234,30 @@ def load(path: Path, device: str = "cpu") -> Model:
 
     tensors, header = artifact.load_tensors(path)
     card = Card.parse(header, path)
+    outline(card, tensors, f"{path}: ")
     with init_empty_weights():
         network = networks.build(card.architecture, card.arguments)
-    expect(tensors, network, f"{path}: architecture '{card.architecture}'")
     put(network, tensors)
     canonical = _canonical(card, network).to(device).eval().requires_grad_(False)
     return Model(card, canonical, artifact.sha256(path), device)
 
 
-def expect(tensors: Mapping[str, Any], network: nn.Module, what: str) -> None:
-    """Compare names and shapes with those of the network; `ArtifactError` names the first that differs."""
+def outline(card: Card, tensors: Mapping[str, Any], where: str = "") -> nn.Module:
+    """The network of a card without values, whose weights are to be `tensors`, by name.
+
+    Raises `ArtifactError`, beginning with `where`, for a card whose network cannot be built or is another
+    one: the first name or shape that differs is named.
+    """
+    import torch
+
+    from flowdistill import networks
+
+    try:
+        with torch.device("meta"):
+            network = networks.build(card.architecture, card.arguments, 2 * len(tensors) + 1000)
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}{error}") from error
+    what = f"{where}architecture '{card.architecture}'"
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     missing = [name for name in expected if name not in found]
@@ -240,7 +271,7 @@ def expect(tensors: Mapping[str, Any], network: nn.Module, what: str) -> None:
     elif extra:
         detail = f"does not know '{extra[0]}' {list(found[extra[0]])}"
     else:
-        return
+        return network
     raise ArtifactError(
         f"{what} {detail} (of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} have "
         f"another shape; {len(extra)} are unknown)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 class Latent(Settings):
     """x0 = (latent - shift) * scale: from what an autoencoder returns to what the model calls data."""
 
-    scale: tuple[float, ...] = Field((1.0,), description="one number, or one a channel")
-    shift: tuple[float, ...] = Field((0.0,), description="one number, or one a channel")
+    scale: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0,), min_length=1, description="one number, or one a channel"
+    )
+    shift: tuple[float, ...] = Field((0.0,), min_length=1, description="one number, or one a channel")
     vae: str | None = Field(None, description="the autoencoder, as its maker names it")
 
     def encode(self, latent: Tensor) -> Tensor:
@@ -53,7 +55,9 @@ class Source(Settings):
     sha256: str
     format: str = Field(description="kind of container")
     family: str = Field(description="whose layout it has")
-    weights: str = Field(description="which of the weights in it: ema, or those being trained")
+    weights: str = Field(
+        description="which of the weights in it: ema, model (those being trained), or unknown"
+    )
     importer: str = Field(description="version of flowdistill that read it")
 
 
@@ -70,6 +74,9 @@ class Reading(Settings):
     guidance: Guidance | None = Field(None, description="classifier-free guidance that is part of the field")
     latent: Latent | None = Field(None, description="how the data relate to an autoencoder's latents")
     statistics: Statistics | None = Field(None, description="moments of the data, where they are known")
+    distilled: bool = Field(
+        False, description="made from another model (reflow, distillation, guidance): it obeys fewer laws"
+    )
     data: str | None = Field(None, description="data set that the model imitates, where we can draw from it")
     licence: str = "Apache-2.0"
     notes: str = ""
@@ -106,7 +113,7 @@ class Card(Reading):
     @property
     def foreign(self) -> bool:
         """Whether others trained it, so that its convention is a claim and not a fact."""
-        return self.convention is not None and not self.parents
+        return (self.convention is not None or self.source is not None) and not self.parents
 
     def write(self, path: Path, state: Mapping[str, Tensor], dtype: str | None = "float32") -> str:
         """Write a model file: `state` in `dtype`, or each tensor in its own; returns its SHA-256."""

@@ -104,13 +104,14 @@ def open_pipeline(source: str, options: Options) -> Opened:
     space = latents.of_pipeline(folder)
     pixels = _pixels(name, config, space, options)
     table = _table(family, config, options, f"{folder}")
+    constants = _constants(name, family.constants(config), pixels, space, options)
     arguments = {
         "name": name,
         "config": _plain(model, config),
         "prompts": table.prompts,
         "tokens": table.tokens,
         "null": table.null,
-        "constants": _constants(name, family.constants(config), pixels, space, options),
+        "constants": constants,
     }
     card = Card(
         architecture=ARCHITECTURE,
@@ -120,6 +121,7 @@ def open_pipeline(source: str, options: Options) -> Opened:
         classes=table.prompts or config.get("num_class_embeds") or 0,
         guidance=guidance_of(index, name, config, table.null),
         latent=space.latent if space else None,
+        distilled="guidance" in constants or index.get("_class_name") == "RectifiedFlowPipeline",
         licence=hub.licence(folder) or "unknown",
     )
     return Opened(card, _assemble(arguments, model, table), folder)
