@@ -482,6 +482,48 @@ def test_a_shape_that_is_not_the_networks_is_refused(tmp_path: Path) -> None:
         importing.convert(path, tmp_path / "x.safetensors", preset="sit", card=stanza)
 
 
+@pytest.mark.parametrize("preset", ["sit", "rf-cifar10"])
+def test_a_preset_of_another_family_is_refused(tmp_path: Path, preset: str) -> None:
+    with pytest.raises(UsageError, match="it is a file of EDM"):
+        importing.convert(snapshot(tmp_path), tmp_path / "x.safetensors", preset=preset)
+    with pytest.raises(UsageError, match="is for admunet, the weights are of ncsnpp"):
+        importing.convert(RECTIFIED, tmp_path / "x.safetensors", preset="cfm", card=rectified_card(tmp_path))
+
+
+def test_damage_to_a_file_of_ours_is_not_sealed_anew(tmp_path: Path) -> None:
+    made = importing.convert(snapshot(tmp_path), tmp_path / "edm.safetensors")
+    content = bytearray(made.path.read_bytes())
+    content[-5] ^= 1
+    made.path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        importing.convert(made.path, tmp_path / "again.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_are_floating_point_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in tiny("dit", TINY_SIT).state_dict().items()}
+    stanza = card_file(tmp_path, {"arguments": TINY_SIT})
+    with pytest.raises(ArtifactError, match="expected floating-point numbers"):
+        importing.convert(saved(tmp_path, state), tmp_path / "x.safetensors", preset="sit", card=stanza)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 77}, "77 classes"),
+        ({"latent": {"scale": [1.0, 2.0]}}, "latent.scale has 2 numbers for 4 channels"),
+        ({"statistics": {"mean": [0.0], "std": [1.0, 1.0]}}, "statistics.std has 2"),
+    ],
+)
+def test_a_card_that_does_not_fit_the_network_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = saved(tmp_path, dict(tiny("dit", TINY_SIT).state_dict()))
+    stanza = card_file(tmp_path, {"arguments": TINY_SIT, **change})
+    with pytest.raises(UsageError, match=message):
+        importing.convert(path, tmp_path / "x.safetensors", preset="sit", card=stanza)
+
+
 def test_a_flowturbo_refiner_is_refused_by_name(tmp_path: Path) -> None:
     refiner = tiny("dit", TINY_SIT | {"depth": 1, "in_channels": 8})
     with pytest.raises(ArtifactError, match="FlowTurbo"):

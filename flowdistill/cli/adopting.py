@@ -9,7 +9,7 @@ import typer
 
 from flowdistill.cli import options
 from flowdistill.cli.options import Device, Json, Verbose
-from flowdistill.errors import ArtifactError
+from flowdistill.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from flowdistill.probing import Report
@@ -106,9 +106,14 @@ def probe(
     recipe = model.endswith((".yaml", ".yml"))
     reference = options.open_recipe(model).recipe.teacher if recipe else model
     opened = teachers.open_model(reference, hardware.resolve(device))
+    if strict and data is not None:
+        raise UsageError("--strict asks without data; leave --data or --strict out")
     if strict:
         probing.strict(opened, model)
-        console.lines(f"{model}: points the right way")
+        if as_json:
+            options.print_json({"model": model, "wrong": False})
+        else:
+            console.lines(f"{model}: points the right way")
         return
     real = None if data is None else images.samples(data, opened.card.shape, probing.SAMPLES)
     report = probing.probe(opened, real)

@@ -59,12 +59,15 @@ def convert(
     checkpoint = checkpoints.read(source)
     try:
         found = find(checkpoint, weights)
-        known = _over(stanza, {**_own_card(checkpoint, source), **found.card, **known})
+        _check_family(preset, known, found.card)
+        known = _over(stanza, {**found.card, **_own_card(checkpoint, source), **known})
         if not {"architecture", "convention"} <= known.keys():
             known = _over(known, _recognised(found))
+        families.check_architecture(preset, known)
         complete = _card(known, checkpoint, found)
         network = teachers.outline(complete, found.tensors)
         tensors = {**found.tensors, **_named(network, found.ordered)}
+        _check_numbers(network, tensors)
     except (ArtifactError, UsageError) as error:
         text = str(error).removeprefix(f"{source}: ")
         raise type(error)(f"{source}: {text}") from None
@@ -107,6 +110,8 @@ def _own_card(checkpoint: checkpoints.Checkpoint, path: Path) -> dict[str, Any]:
     if checkpoint.format != "safetensors":
         return {}
     header = artifact.read_header(path)
+    if header:
+        artifact.load_tensors(path)  # a file of ours has a seal, which must not be made anew over damage
     return Card.parse(header, path).model_dump(mode="json", exclude_unset=True) if header else {}
 
 
@@ -157,6 +162,10 @@ def _card(known: Mapping[str, Any], checkpoint: checkpoints.Checkpoint, found: F
         content = described | content
         if list(content["shape"]) != described["shape"]:
             raise UsageError(f"its card says shape {content['shape']}, its network has {described['shape']}")
+        if content["classes"] > described["classes"]:
+            raise UsageError(
+                f"its card says {content['classes']} classes, its network has {described['classes']}"
+            )
     content["source"] = known.get("source") or {
         "file": checkpoint.path.name,
         "sha256": checkpoint.sha256,
@@ -165,7 +174,34 @@ def _card(known: Mapping[str, Any], checkpoint: checkpoints.Checkpoint, found: F
         "weights": found.weights,
         "importer": __version__,
     }
-    return Card.parse(content, checkpoint.path)
+    card = Card.parse(content, checkpoint.path)
+    _check_channels(card)
+    return card
+
+
+def _check_channels(card: Card) -> None:
+    """Numbers a channel are as many as channels, or one."""
+    given: dict[str, tuple[float, ...]] = {}
+    if card.latent is not None:
+        given |= {"latent.scale": card.latent.scale, "latent.shift": card.latent.shift}
+    if card.statistics is not None:
+        given |= {"statistics.mean": card.statistics.mean, "statistics.std": card.statistics.std}
+    for key, values in given.items():
+        if len(values) not in (1, card.shape[0]):
+            raise UsageError(f"its card's {key} has {len(values)} numbers for {card.shape[0]} channels")
+
+
+def _check_family(preset: str | None, named: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuse a preset of another family than the file says it is."""
+    if preset is not None and told.get("family") not in (None, named["family"]):
+        raise UsageError(f"it is a file of {told['family']}, --preset {preset} is of {named['family']}")
+
+
+def _check_numbers(network: nn.Module, tensors: Mapping[str, checkpoints.StoredTensor]) -> None:
+    """Weights are floating-point numbers."""
+    for name, _ in network.named_parameters():
+        if "float" not in tensors[name].dtype:
+            raise ArtifactError(f"'{name}' holds {tensors[name].dtype}, expected floating-point numbers")
 
 
 def _named(

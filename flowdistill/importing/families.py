@@ -136,6 +136,15 @@ def card_of(preset: str) -> dict[str, Any]:
     return described(architecture, arguments) | card
 
 
+def check_architecture(preset: str | None, card: Mapping[str, Any]) -> None:
+    """Refuse a family whose networks are of other architectures than the card says."""
+    own = {architecture for name, (architecture, _) in presets().items() if name.partition("-")[0] == preset}
+    if own and card["architecture"] not in own:
+        raise UsageError(
+            f"--preset {preset} is for {' and '.join(sorted(own))}, the weights are of {card['architecture']}"
+        )
+
+
 def described(architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Architecture, arguments, shape and classes: the part of a card that the network itself determines."""
     if architecture not in _SIZES:

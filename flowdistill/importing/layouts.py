@@ -36,7 +36,7 @@ def find(checkpoint: Checkpoint, wanted: Wanted | None) -> Found:
     """The weights in a checkpoint: the average, unless the file has none or `wanted` says otherwise."""
     content = checkpoint.content
     if checkpoint.format == "safetensors":
-        return Found(_unprefixed(content["tensors"]), "unknown")
+        return _recognised(Found(_unprefixed(content["tensors"]), "unknown"), {})
     for holder in (content, *(content.values() if isinstance(content, Mapping) else ())):
         if _is_persistent(holder):
             return _edm(content, wanted)

@@ -44,8 +44,8 @@ class Latent(Settings):
 class Statistics(Settings):
     """Moments of the data x0 over samples and places, one number a channel, as the probe expects them."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] = Field(min_length=1)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
 
 
 class Source(Settings):
