@@ -9,10 +9,11 @@ With u = eps - x0 and z = (1 - t) x0 + t eps, the field v(z, t) = E[u | z] obeys
 
 The data are real ones where they are given, else the model's own samples. Of a model that was made from
 another (`distilled` in its card) noise and data are not independent, and less is asked: that v points to the
-noise at all, and that it agrees with u on pairs of its own. A reversed sign or clock, labels
-of time on the wrong scale, or an output that is taken for another prediction break at least one of these. If
-one is broken, the same laws are asked under other readings of the network, the nearest first; the one that
-obeys them is the remedy.
+noise at all, and that it agrees with u on pairs of its own.
+
+A reversed sign or clock, labels of time on the wrong scale, or an output that is taken for another prediction
+break at least one of these. If one is broken, the same laws are asked under other readings of the network,
+the nearest first; the one that obeys them is the remedy.
 """
 
 from __future__ import annotations
@@ -128,8 +129,7 @@ class Trial:
         excess["skill"] = _log(figures["skill"]) / _LIMITS["skill"]
         excess["projection"] = figures["projection"] / _LIMITS["projection"]
         excess["scale"] = self._scale(figures["mean"], figures["std"])
-        finite = {name: value if math.isfinite(value) else math.inf for name, value in excess.items()}
-        return Judgement(finite, figures)
+        return Judgement(_finite(excess), figures)
 
     def _judge_distilled(self, velocity: VelocityField, top: float) -> Judgement:
         """Direction, and the error of v on the model's own pairs of noise and sample."""
@@ -148,9 +148,7 @@ class Trial:
         figures["own"] = sum(errors) / len(errors)
         excess["own"] = math.exp(_log(figures["own"]) - _DISTILLED["skill"])
         excess["scale"] = self._scale(figures["mean"], figures["std"])
-        return Judgement(
-            {name: value if math.isfinite(value) else math.inf for name, value in excess.items()}, figures
-        )
+        return Judgement(_finite(excess), figures)
 
     def noise(self, purpose: str) -> Tensor:
         """eps [count, *shape], the same for every field."""
@@ -279,6 +277,11 @@ def _linear(x0: Tensor, z: Tensor, t: float) -> Tensor:
     mean, variance = x0.mean(dims, keepdim=True), x0.var(dims, keepdim=True)
     slope = (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)
     return slope * (z - (1 - t) * mean) - mean
+
+
+def _finite(excess: Mapping[str, float]) -> dict[str, float]:
+    """A law whose figure is no number is broken."""
+    return {name: value if math.isfinite(value) else math.inf for name, value in excess.items()}
 
 
 def _log(ratio: float) -> float:

@@ -103,11 +103,11 @@ def probe(
     """
     from flowdistill import console, hardware, images, probing, teachers
 
+    if strict and data is not None:
+        raise UsageError("--strict asks without data; leave --data or --strict out")
     recipe = model.endswith((".yaml", ".yml"))
     reference = options.open_recipe(model).recipe.teacher if recipe else model
     opened = teachers.open_model(reference, hardware.resolve(device))
-    if strict and data is not None:
-        raise UsageError("--strict asks without data; leave --data or --strict out")
     if strict:
         probing.strict(opened, model)
         if as_json:

@@ -130,7 +130,7 @@ def _list_average(trained: Any, average: list[Any], wanted: Wanted | None) -> Fo
 
 def _recognised(found: Found, hints: Mapping[str, Any]) -> Found:
     """SiT, DiT and LFM's transformer, whose arguments the shapes of their weights tell."""
-    if "x_embedder.proj.weight" not in found.tensors:
+    if families.SIGNATURES["dit"] not in found.tensors:
         return found
     shapes = {name: value.shape for name, value in found.tensors.items()}
     try:
