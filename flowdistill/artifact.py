@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from flowdistill.durable import UNSEALED, append, atomic_write, create_folder, lock, sweep, write_sealed
+from flowdistill.durable import (
+    UNSEALED,
+    append,
+    atomic_write,
+    claimed,
+    create_folder,
+    joined,
+    lock,
+    sweep,
+    write_sealed,
+)
 from flowdistill.errors import (
     ArtifactError,
     Diverged,
@@ -43,10 +53,12 @@ __all__ = [
     "Manifest",
     "append",
     "atomic_write",
+    "claimed",
     "corrupt",
     "create_folder",
     "differs",
     "digest",
+    "joined",
     "layout",
     "load_json",
     "load_tensors",

@@ -126,10 +126,85 @@ def lock(folder: Path) -> Iterator[None]:
             os.close(file)
 
 
-def _acquire(file: int, path: Path) -> None:
+@contextmanager
+def joined(folder: Path, unfinished: Sequence[Path]) -> Iterator[None]:
+    """Hold the folder together with all others that have joined it, against those who `lock` it.
+
+    Whoever is alone with it, at the beginning or at the end, removes what killed writers left in the folders
+    `unfinished`.
+    """
+    path = folder / ".lock"
+    with _writing(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _sweep_alone(file, unfinished)
+        _acquire(file, path, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            _sweep_alone(file, unfinished)
+    finally:
+        with suppress(OSError):
+            os.close(file)
+
+
+def _sweep_alone(file: int, folders: Sequence[Path]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    for folder in folders:
+        with suppress(FlowdistillError):  # the next one may succeed
+            sweep(folder)
+
+
+@contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone may do what the name `path` stands for; with `wait`, once it may.
+
+    The kernel lets go of the claims of a process that ends in whatever way, also on another machine that shares
+    the file system. Whoever gives a claim back removes its file.
+    """
+    file = _claim(path, wait)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            with suppress(OSError):
+                os.unlink(path)  # before others can have it: a name must stand for one file
+            with suppress(OSError):
+                os.close(file)
+
+
+def _claim(path: Path, wait: bool) -> int | None:
+    while True:
+        with _writing(path):
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _is(path, file):
+                    return file
+            except BlockingIOError:
+                os.close(file)
+                return None
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)  # the one before has removed it in the meantime
+
+
+def _is(path: Path, file: int) -> bool:
+    """Whether the file still has this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _acquire(file: int, path: Path, kind: int = fcntl.LOCK_EX) -> None:
     with _writing(path):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(file, 1024, 0).decode(errors="replace").strip() or "another process"
             raise UsageError(

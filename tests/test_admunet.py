@@ -57,7 +57,8 @@ def test_output_and_gradients_are_the_originals(name: str) -> None:
     torch.testing.assert_close(norms, TRUTH[f"{name}.gradient_norms"], atol=2e-5, rtol=2e-5)
     for key, gradient in gradients.items():
         if f"{name}.gradient.{key}" in TRUTH:
-            torch.testing.assert_close(gradient, TRUTH[f"{name}.gradient.{key}"], atol=2e-5, rtol=2e-5)
+            # Convolutions add in an order of the processor's choice; between two of them it made 3.1e-5.
+            torch.testing.assert_close(gradient, TRUTH[f"{name}.gradient.{key}"], atol=1e-4, rtol=2e-5)
 
 
 @EACH
