@@ -161,11 +161,13 @@ def safe_child(root: Path, name: str) -> Path:
     return path
 
 
-def corrupt(path: Path, found: str) -> ArtifactError:
+def corrupt(
+    path: Path,
+    found: str,
+    fix: str = "restore the file, or delete it and run the command that made it again",
+) -> ArtifactError:
     """The error for a file that is not what its maker wrote."""
-    return ArtifactError(
-        f"{path}: {found}\nrestore the file, or delete it and run the command that made it again"
-    )
+    return ArtifactError(f"{path}: {found}\n{fix}")
 
 
 def _canonical(content: object) -> str:

@@ -14,12 +14,15 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flowdistill.errors import FlowdistillError, ResourceError, UsageError
 
+_SWEEP_S = 10.0
+"""Others may hold a folder alone for as long as it takes to sweep it."""
 UNSEALED = "0" * 64
 """In the place of a seal while it is computed."""
 
@@ -106,10 +109,10 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers; readers need no lock.
+def lock(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the folder against other writers; `shared`, only against those who want it for themselves.
 
-    The kernel releases the lock when the process ends in whatever way, so there are no stale ones;
+    Readers need no lock. The kernel releases the lock when the process ends in whatever way, so there are no stale ones;
     the file `.lock` stays behind and only names the last holder.
 
     Raises:
@@ -119,7 +122,7 @@ def lock(folder: Path) -> Iterator[None]:
     with _writing(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _acquire(file, path)
+        _acquire(file, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         with suppress(OSError):  # the lock is gone even where closing reports an error
@@ -127,32 +130,33 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def joined(folder: Path, unfinished: Sequence[Path]) -> Iterator[None]:
+def joined(folder: Path, unfinished: Sequence[Path], scratch: Path) -> Iterator[None]:
     """Hold the folder together with all others that have joined it, against those who `lock` it.
 
-    Whoever is alone with it, at the beginning or at the end, removes what killed writers left in the folders
-    `unfinished`.
+    Whoever is alone with it, at the beginning or at the end, removes the folder `scratch` and what killed
+    writers left in the folders `unfinished`.
     """
     path = folder / ".lock"
     with _writing(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _sweep_alone(file, unfinished)
-        _acquire(file, path, fcntl.LOCK_SH)
+        _sweep_alone(file, unfinished, scratch)
+        _acquire(file, path, fcntl.LOCK_SH, patience_s=_SWEEP_S)
         try:
             yield
         finally:
-            _sweep_alone(file, unfinished)
+            _sweep_alone(file, unfinished, scratch)
     finally:
         with suppress(OSError):
             os.close(file)
 
 
-def _sweep_alone(file: int, folders: Sequence[Path]) -> None:
+def _sweep_alone(file: int, folders: Sequence[Path], scratch: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return
+    shutil.rmtree(scratch, ignore_errors=True)
     for folder in folders:
         with suppress(FlowdistillError):  # the next one may succeed
             sweep(folder)
@@ -162,8 +166,8 @@ def _sweep_alone(file: int, folders: Sequence[Path]) -> None:
 def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone may do what the name `path` stands for; with `wait`, once it may.
 
-    The kernel lets go of the claims of a process that ends in whatever way, also on another machine that shares
-    the file system. Whoever gives a claim back removes its file.
+    The kernel lets go of the claims of a process that ends in whatever way, also on another machine that
+    shares the file system. Whoever gives a claim back removes its file.
     """
     file = _claim(path, wait)
     try:
@@ -201,10 +205,10 @@ def _is(path: Path, file: int) -> bool:
         return False
 
 
-def _acquire(file: int, path: Path, kind: int = fcntl.LOCK_EX) -> None:
+def _acquire(file: int, path: Path, kind: int, patience_s: float = 0.0) -> None:
     with _writing(path):
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            _flock(file, kind, time.monotonic() + patience_s)
         except BlockingIOError:
             holder = os.pread(file, 1024, 0).decode(errors="replace").strip() or "another process"
             raise UsageError(
@@ -213,6 +217,16 @@ def _acquire(file: int, path: Path, kind: int = fcntl.LOCK_EX) -> None:
     with suppress(OSError):  # only the text of a later message
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def _flock(file: int, kind: int, until: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.02)
 
 
 @contextmanager

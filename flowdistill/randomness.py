@@ -45,6 +45,31 @@ def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int]) -> T
     return torch.from_numpy(rows)
 
 
+PCG64_BYTES = 32
+"""State and increment of a PCG64, 16 bytes each, the highest byte first."""
+
+
+def pcg64_records(seed: int, indices: Sequence[int] | Tensor) -> Tensor:
+    """States for `pcg64_noise`, each a function of (seed, index), [B, 32] uint8."""
+    drawn = [blake2b(_digest(seed, "pcg64", i), digest_size=PCG64_BYTES).digest() for i in _integers(indices)]
+    records = torch.frombuffer(bytearray(b"".join(drawn)), dtype=torch.uint8).reshape(-1, PCG64_BYTES)
+    records[:, -1] |= 1  # increments are odd
+    return records
+
+
+def pcg64_noise(records: Tensor, shape: Sequence[int]) -> Tensor:
+    """The noise [B, *shape] float32 that rf++ draws in float64 from its records [B, 32] uint8."""
+    rows = np.empty((len(records), *shape), dtype=np.float32)
+    generator = np.random.PCG64(0)
+    stream, state = np.random.Generator(generator), generator.state
+    for row, record in zip(rows, records.numpy(), strict=True):
+        before, increment = (int.from_bytes(half, "big") for half in np.split(record, 2))
+        state["state"] = {"state": before, "inc": increment}
+        generator.state = state
+        row[...] = stream.standard_normal(shape)
+    return torch.from_numpy(rows)
+
+
 def uniforms(seed: int, purpose: str, step: int, count: int) -> Tensor:
     """Numbers in [0, 1) for one step, [count] float64; a rank takes its slice of the batch."""
     return torch.from_numpy(_stream(seed, "uniforms", purpose, step).random(count))
