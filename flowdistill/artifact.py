@@ -58,6 +58,7 @@ __all__ = [
     "create_folder",
     "differs",
     "digest",
+    "fingerprint",
     "joined",
     "layout",
     "load_json",
@@ -118,6 +119,14 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file; of a folder, of the names and sizes of the files in it."""
+    if not path.is_dir():
+        return sha256(path)
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    return digest([[each.relative_to(path).as_posix(), each.stat().st_size] for each in files])
 
 
 def digest(content: object) -> str:

@@ -112,8 +112,8 @@ def sweep(folder: Path) -> None:
 def lock(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold the folder against other writers; `shared`, only against those who want it for themselves.
 
-    Readers need no lock. The kernel releases the lock when the process ends in whatever way, so there are no stale ones;
-    the file `.lock` stays behind and only names the last holder.
+    Readers need no lock. The kernel releases the lock when the process ends in whatever way, so there are no
+    stale ones; the file `.lock` stays behind and only names the last holder.
 
     Raises:
         UsageError: another writer holds the folder, named by process and host.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -14,13 +15,14 @@ _PACKAGES = ("flowdistill", "torch", "accelerate", "safetensors", "numpy")
 def resolve(name: str) -> str:
     """The device meant by `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
-    `auto` is the first GPU, else the CPU. Raises `UsageError` for other names and `MissingInput` where the
-    machine has no such device.
+    `auto` is a GPU, else the CPU. Of several processes that a launcher started on a machine, each has a GPU
+    of its own, as long as there are so many. Raises `UsageError` for other names and `MissingInput` where
+    the machine has no such device.
     """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
         raise UsageError(f"--device: {unknown('device', name, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
@@ -31,6 +33,8 @@ def resolve(name: str) -> str:
     }
     if not present[kind]:
         raise MissingInput(f"--device {name}: this machine has none; `flowdistill doctor` lists what it has")
+    if kind == "cuda" and not index and "LOCAL_RANK" in os.environ:
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return name
 
 

@@ -8,7 +8,9 @@ differ nothing is touched, unless `fresh` asks for it, and then the old folder i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import Any, Literal
 
 from flowdistill import artifact, teachers
 from flowdistill.errors import MissingInput, RecipeError, UsageError, unknown
-from flowdistill.recipe import Recipe
+from flowdistill.recipe import Recipe, Reference
+from flowdistill.references import references
 from flowdistill.stages import Stage
 from flowdistill.work import Progress, Stop, Work
 
@@ -124,8 +127,13 @@ class Pipeline:
         device: str,
         observe: Callable[[Event], None],
         stop: Stop,
+        parallel: Callable[[str], None] | None = None,
     ) -> None:
-        """Do stage `target` (None: all) and, unless `only`, what it needs and is not done."""
+        """Do stage `target` (None: all) and, unless `only`, what it needs and is not done.
+
+        A stage that can be shared is done together with whoever else is at it. `parallel`, where it is given,
+        does such a stage by its name, in other processes.
+        """
         chosen = list(self.stages) if target is None else self._needed(target)
         standings = {standing.stage: standing for standing in self.status()}
         if only and target is not None:
@@ -139,62 +147,63 @@ class Pipeline:
         if not fresh:
             _refuse([standings[name] for name in chosen])
         artifact.create_folder(self.out)
-        with artifact.lock(self.out):
-            for name in chosen:
+        for name in chosen:
+            if fresh:
+                with artifact.lock(self.out):
+                    standing = self._standing(name, standings)
+                    if standing.conflicts or name in redo or standing.state == "partial":
+                        _set_aside(standing.folder)
+            with artifact.lock(self.out, shared=self.stages[name].shared):
                 standing = standings[name] = self._standing(name, standings)
-                if standing.state == "done" and standing.manifest and name not in redo:
+                if standing.state == "done" and standing.manifest:
                     observe(Finished(name, standing.verb, standing.folder, standing.manifest, skipped=True))
                     continue
-                if not fresh:
-                    _refuse([standing])
-                elif standing.conflicts or name in redo or standing.state == "partial":
-                    _set_aside(standing.folder)
+                _refuse([standing])
                 stop.check()
-                manifest = self._do(name, device, observe, stop)
+                observe(Started(name, standing.verb))
+                manifest = self._do(self.work(name, device, observe, stop), parallel)
                 standings[name] = self._standing(name, standings)
                 observe(Finished(name, standing.verb, standing.folder, manifest, skipped=False))
 
-    def _do(self, name: str, device: str, observe: Callable[[Event], None], stop: Stop) -> artifact.Manifest:
-        from flowdistill import hardware, randomness
+    def work(self, name: str, device: str, observe: Callable[[Event], None], stop: Stop) -> Work:
+        """What stage `name` is given to run."""
+        from flowdistill import randomness
 
-        stage, folder = self.stages[name], self.out / name
-        settings = self.recipe.settings_json(name)
-        parents = self._parents(name)
-        started = datetime.now(UTC)
-        artifact.create_folder(folder)
-        artifact.sweep(folder)
-        begun = {"settings": settings, "inputs": parents, "seed": self.recipe.seed, "device": device}
-        _same_device(folder, device)
-        artifact.save_json(folder / STARTED, begun)
-        observe(Started(name, stage.verb))
-        seed = randomness.key(self.recipe.seed, name)
-        work = Work(
+        return Work(
             stage=name,
-            folder=folder,
-            seed=seed,
+            folder=self.out / name,
+            seed=randomness.key(self.recipe.seed, name),
             device=device,
             inputs={field: self._locations(reference) for field, reference in self._references(name).items()},
-            parents=parents,
-            settings=settings,
+            parents=self._parents(name),
+            settings=self.recipe.settings_json(name),
             report=lambda progress: observe(Advanced(name, progress)),
             stop=stop,
         )
-        done = stage.run(work)
-        manifest = artifact.Manifest(
-            stage=name,
-            verb=stage.verb,
-            settings=settings,
-            inputs=parents,
-            outputs={output: artifact.sha256(folder / output) for output in done.outputs},
-            seed=self.recipe.seed,
-            dtype=done.dtype,
-            started=started,
-            finished=datetime.now(UTC),
-            figures=done.figures,
-            **hardware.describe(device),
-        )
-        manifest.write(folder)
-        return manifest
+
+    def _do(self, work: Work, parallel: Callable[[str], None] | None) -> artifact.Manifest:
+        stage = self.stages[work.stage]
+        started = datetime.now(UTC)
+        artifact.create_folder(work.folder)
+        if not stage.shared:
+            artifact.sweep(work.folder)
+        _same_device(work.folder, work.device)
+        begun = {
+            "stage": work.stage,
+            "verb": stage.verb,
+            "settings": work.settings,
+            "inputs": work.parents,
+            "locations": work.inputs,
+            "seed": self.recipe.seed,
+            "device": work.device,
+        }
+        artifact.save_json(work.folder / STARTED, begun)
+        try:
+            if parallel is not None and stage.shared:
+                parallel(work.stage)
+            return seal(stage, work, self.recipe.seed, started)
+        finally:
+            _tidy(work.folder)
 
     def _standing(self, name: str, earlier: Mapping[str, Standing]) -> Standing:
         stage, folder = self.stages[name], self.out / name
@@ -243,17 +252,59 @@ class Pipeline:
 
     def _parents(self, name: str) -> dict[str, str]:
         """Name of each input -> digest of what it is now."""
-        parents = {}
-        for reference in _flat(self._references(name).values()):
-            if reference in self.stages:
-                manifest = _manifest(self.out / reference)
-                parents[reference] = manifest.digest if manifest else "not done"
-            elif reference == TEACHER:
-                parents[reference] = self._teacher_digest
-            else:
-                manifest = _manifest(Path(reference))
-                parents[reference] = manifest.digest if manifest else teachers.identify(reference)
-        return parents
+        marks = references(type(self.stages[name]))
+        return {
+            reference: self._digest(reference, marks[field])
+            for field, value in self._references(name).items()
+            for reference in _flat([value])
+        }
+
+    def _digest(self, reference: str, mark: Reference) -> str:
+        if mark.files:
+            return reference if reference in mark.names else artifact.fingerprint(Path(reference))
+        if reference in self.stages:
+            manifest = _manifest(self.out / reference)
+            return manifest.digest if manifest else "not done"
+        if reference == TEACHER:
+            return self._teacher_digest
+        manifest = _manifest(Path(reference))
+        return manifest.digest if manifest else teachers.identify(reference)
+
+
+def seal(stage: Stage, work: Work, seed: int, started: datetime) -> artifact.Manifest:
+    """Run a stage and declare it done. Of several processes at one stage, one does; all give its manifest."""
+    from flowdistill import hardware
+
+    done = None if _manifest(work.folder) else stage.run(work)
+    with artifact.claimed(work.folder / ".seal", wait=True):
+        manifest = _manifest(work.folder)
+        if manifest is None and done is not None:
+            manifest = artifact.Manifest(
+                stage=work.stage,
+                verb=stage.verb,
+                settings=dict(work.settings),
+                inputs=dict(work.parents),
+                outputs={
+                    output: done.digests.get(output) or artifact.sha256(work.folder / output)
+                    for output in done.outputs
+                },
+                seed=seed,
+                dtype=done.dtype,
+                started=started,
+                finished=datetime.now(UTC),
+                figures=done.figures,
+                **hardware.describe(work.device),
+            )
+            manifest.write(work.folder)
+    assert manifest is not None
+    return manifest
+
+
+def _tidy(folder: Path) -> None:
+    """Leave no folder of a stage that was refused before it made anything."""
+    with suppress(OSError):
+        if {each.name for each in folder.iterdir()} <= {STARTED, ".lock", ".claims"}:
+            shutil.rmtree(folder)
 
 
 def _flat(references: Iterable[Any]) -> list[str]:
@@ -307,7 +358,7 @@ def _same_device(folder: Path, device: str) -> None:
     """Refuse to continue on another device: the bytes would be neither those of the one nor of the other."""
     if (folder / STARTED).is_file() and not (folder / artifact.MANIFEST).exists():
         before = artifact.load_json(folder / STARTED)["device"]
-        if before != device:
+        if before.partition(":")[0] != device.partition(":")[0]:
             raise UsageError(
                 f"{folder}: begun on {before}, this is {device}\n"
                 f"continue with --device {before}, or start over with --fresh"

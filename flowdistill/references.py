@@ -29,11 +29,15 @@ class Reference:
     the nearest earlier stage of the kind. With `allow_teacher` the teacher may be named, too, and
     is taken where there is no such stage. An `optional` reference that is left out stays None. The
     field may be a list of such values; a default other than None is taken as if it were written.
+
+    With `files` it is no artifact of ours: a file or folder, or one of `names`, which stand for themselves.
     """
 
     kind: str
     allow_teacher: bool = False
     optional: bool = False
+    files: bool = False
+    names: tuple[str, ...] = ()
 
     def fitting(self, earlier: Sequence[Product]) -> list[str]:
         """The names that may be used, the nearest last."""
@@ -65,7 +69,7 @@ class Resolver:
     def inputs(self, model: type[BaseModel], keys: dict[str, Node], stage: int) -> dict[str, Resolved]:
         """Field -> what it leads to, for a stage with settings `keys`; what they lack is added."""
         resolved: dict[str, Resolved] = {}
-        for field, info, reference in _references(model):
+        for field, info, reference in _marked(model):
             key = join("", self.products[stage].name, field)
             if field not in keys or keys[field].value is None:
                 chosen = self._left_out(key, info, reference, stage)
@@ -101,7 +105,7 @@ class Resolver:
                 fix = f"add one above ({verbs}), or give a path" if verbs else "give a path"
                 self.problems.append(place.problem(f"{message}; {fix}", key))
                 return None
-            default = [fitting[-1]] if _is_list(info.annotation) else fitting[-1]
+            default = [fitting[-1]] if _only_lists(info.annotation) else fitting[-1]
         if isinstance(default, list | tuple):
             return Node([Node(each, place) for each in default], place, place)
         return None if default is None else Node(default, place, place)
@@ -110,8 +114,11 @@ class Resolver:
         if not isinstance(node.value, str):
             return ""  # the settings' own check refuses it
         text = node.value
-        if "/" in text or text.endswith(".safetensors"):
-            return self.path(text, node.place, key)
+        if text in reference.names:
+            return text
+        if reference.files or "/" in text or text.endswith(".safetensors"):
+            hint = f"; or name one of {listed(reference.names)}" if reference.names else ""
+            return self.path(text, node.place, key, hint)
         fitting = reference.fitting(self.products[:stage])
         if text not in fitting:
             message = self._misfit(text, reference, fitting, stage)
@@ -132,15 +139,22 @@ class Resolver:
         return f"stage {quoted(text)} comes later, in line {named.place.line}; move it up{choices}"
 
 
-def _references(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo, Reference]]:
+def references(model: type[BaseModel]) -> dict[str, Reference]:
+    """Field -> what it refers to."""
+    return {field: reference for field, _, reference in _marked(model)}
+
+
+def _marked(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo, Reference]]:
     for field, info in model.model_fields.items():
         for mark in info.metadata:
             if isinstance(mark, Reference):
                 yield field, info, mark
 
 
-def _is_list(annotation: Any) -> bool:
-    return get_origin(annotation) in (list, tuple) or any(map(_is_list, get_args(annotation)))
+def _only_lists(annotation: Any) -> bool:
+    """Whether a reference has to be a list, even of one."""
+    members = get_args(annotation) if get_origin(annotation) not in (list, tuple) else (annotation,)
+    return str not in members and any(get_origin(member) in (list, tuple) for member in members)
 
 
 def _a(kind: str) -> str:

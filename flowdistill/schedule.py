@@ -46,6 +46,12 @@ class Schedule:
         """(from, to) of every step, from > to."""
         return list(pairwise(self.times))
 
+    def halved(self) -> Schedule:
+        """Every step in two of equal length."""
+        middles = (0.5 * (t + s) for t, s in self.intervals)
+        knots = [time for pair in zip(self.times, middles, strict=False) for time in pair]
+        return Schedule((*knots, self.times[-1]), f"{self.name}, halved")
+
     def sigmas(self, shift: float = 1.0) -> list[float]:
         """The times without the 0, as diffusers' FlowMatchEulerDiscreteScheduler takes `sigmas`.
 

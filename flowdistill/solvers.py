@@ -1,8 +1,8 @@
 """Step functions, the one integration loop, and the count of network calls.
 
 A solver is its step: from the state at t and the velocity there, which the loop has evaluated, to
-the state at s < t. All are explicit Runge-Kutta rules for dx/dt = v(x, t). In canonical coordinates
-`euler` is DDIM.
+the state at s: s < t from noise to data, s > t on the way back. All are explicit Runge-Kutta rules
+for dx/dt = v(x, t). In canonical coordinates `euler` is DDIM.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     """(velocity, x at t, v at (x, t), t, s) -> x at s"""
 
     OnStep: TypeAlias = Callable[[int, float, Tensor, Tensor], None]
-    """(i, t_i, x at t_i, v at t_i), called at every knot but the last"""
+    """(i, t_i, x at t_i, v at t_i), called at every knot but the last, in the order of the walk"""
 
-SolverName = Literal["euler", "heun", "midpoint", "rk4"]
+SolverName = Literal["euler", "heun", "midpoint", "rk4", "rf-solver"]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """One integration rule; a step evaluates `evaluations` velocities, the step to t = 0 `last`."""
+    """One integration rule; a step evaluates `evaluations` velocities, the step down to t = 0 `last`."""
 
     name: SolverName
     order: int
@@ -47,7 +47,10 @@ def _euler(velocity: Velocity, x: Tensor, v: Tensor, t: float, s: float) -> Tens
 
 
 def _heun(velocity: Velocity, x: Tensor, v: Tensor, t: float, s: float) -> Tensor:
-    """Karras et al. 2022 (arXiv 2206.00364), Algorithm 1: the last step, to t = 0, is Euler's."""
+    """Karras et al. 2022 (arXiv 2206.00364), Algorithm 1: the last step, to t = 0, is Euler's.
+
+    Upwards no step leads to t = 0, so every one is Heun's.
+    """
     predicted = x + (s - t) * v
     if s == 0:
         return predicted
@@ -55,7 +58,7 @@ def _heun(velocity: Velocity, x: Tensor, v: Tensor, t: float, s: float) -> Tenso
 
 
 def _midpoint(velocity: Velocity, x: Tensor, v: Tensor, t: float, s: float) -> Tensor:
-    """Also published as RF-Solver (arXiv 2411.04746), whose update cancels to this rule."""
+    """Also published as RF-Solver (arXiv 2411.04746), whose update cancels to this rule: `rf-solver`."""
     return x + (s - t) * velocity(x + (s - t) / 2 * v, (t + s) / 2)
 
 
@@ -67,12 +70,16 @@ def _rk4(velocity: Velocity, x: Tensor, v: Tensor, t: float, s: float) -> Tensor
     return x + h / 6 * (v + 2 * v2 + 2 * v3 + v4)
 
 
+_MIDPOINT = Solver("midpoint", order=2, evaluations=2, last=2, step=_midpoint)
+
 SOLVERS: dict[SolverName, Solver] = {
     "euler": Solver("euler", order=1, evaluations=1, last=1, step=_euler),
     "heun": Solver("heun", order=2, evaluations=2, last=1, step=_heun),
-    "midpoint": Solver("midpoint", order=2, evaluations=2, last=2, step=_midpoint),
+    "midpoint": _MIDPOINT,
     "rk4": Solver("rk4", order=4, evaluations=4, last=4, step=_rk4),
+    "rf-solver": _MIDPOINT,
 }
+"""By every name that is accepted; an alias gives the same object, whose name is the rule's own."""
 
 
 def integrate(
@@ -82,8 +89,12 @@ def integrate(
     solver: Solver,
     labels: Tensor | None = None,
     on_step: OnStep | None = None,
+    inverse: bool = False,
 ) -> Tensor:
-    """The state at t = 0 of the flow that starts at x [B, *shape], t = 1.
+    """The state at t = 0 of the flow that starts at x [B, *shape], t = 1; `inverse`, from 0 to 1.
+
+    The way up takes the same steps in reverse, each from its lower end. It evaluates the field at
+    t = 0, where Euler's and Heun's way down never does.
 
     The state is float32, or float64 where x is: rounded to bfloat16 at every step it would drift
     by more than the solver's error, and more so with more steps. The field may answer in any dtype.
@@ -94,7 +105,8 @@ def integrate(
     def velocity(x: Tensor, t: float) -> Tensor:
         return field(x, x.new_full((len(x),), t), labels).to(x.dtype)
 
-    for i, (t, s) in enumerate(schedule.intervals):
+    upwards = [(t, s) for s, t in reversed(schedule.intervals)]
+    for i, (t, s) in enumerate(upwards if inverse else schedule.intervals):
         v = velocity(x, t)
         if on_step is not None:
             on_step(i, t, x, v)
@@ -102,13 +114,14 @@ def integrate(
     return x
 
 
-def nfe(solver: Solver, schedule: Schedule) -> int:
+def nfe(solver: Solver, schedule: Schedule, inverse: bool = False) -> int:
     """Evaluations of the field that `integrate` makes for one sample."""
-    return solver.evaluations * (schedule.steps - 1) + solver.last
+    last = solver.evaluations if inverse else solver.last
+    return solver.evaluations * (schedule.steps - 1) + last
 
 
 def steps_for(solver: Solver, nfe: int) -> int:
-    """Steps that cost exactly `nfe` evaluations; UsageError where no number of steps does."""
+    """Steps down that cost exactly `nfe` evaluations; UsageError where no number of steps does."""
     steps, rest = divmod(nfe - solver.last + solver.evaluations, solver.evaluations)
     if rest or steps < 1:
         below = nfe - rest

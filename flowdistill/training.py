@@ -13,20 +13,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill import artifact, randomness
 from flowdistill.errors import Diverged, UsageError
+from flowdistill.sources import Draws
 from flowdistill.teachers import Card, Model
 from flowdistill.work import Done, Progress
 
 if TYPE_CHECKING:
-    from flowdistill.data import Dataset
     from flowdistill.objectives import Distance
-    from flowdistill.pairstore import PairStore
     from flowdistill.stages import Ema, Optimizer, Training
     from flowdistill.work import Work
 
@@ -35,30 +34,6 @@ LOG = "log.jsonl"
 MODEL = "model.safetensors"
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers of one step, of which a process takes its part of the batch.
-
-    They depend neither on the number of processes nor on the device.
-    """
-
-    seed: int
-    step: int
-    part: slice
-    total: int
-    device: torch.device
-
-    def uniform(self, purpose: str) -> Tensor:
-        """[B] in [0, 1), float64, on the CPU: not every device has this type."""
-        return randomness.uniforms(self.seed, purpose, self.step, self.total)[self.part]
-
-    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """[B, *shape] standard normal, float32."""
-        first = self.step * self.total
-        indices = range(first, first + self.total)[self.part]
-        return randomness.noise(randomness.key(self.seed, purpose), indices, shape).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -76,51 +51,6 @@ class Batch:
     progress: float
     """Share of the training that is done, in [0, 1)."""
     perceptual: Distance | None = None
-
-
-class Source(Protocol):
-    """Data as a function of the step, so that its position is restored at no cost."""
-
-    def batch(self, draw: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x0, eps [B, *shape] and labels [B] of one step."""
-        ...
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Samples of a data set with fresh noise (independent coupling)."""
-
-    data: Dataset
-
-    def batch(self, draw: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
-        x0, labels = self.data.batch(_indices(draw, self.data.count), draw.seed)
-        return x0, draw.normal("noise", self.data.shape), labels
-
-
-@dataclass(frozen=True)
-class PairSource:
-    """The pairs of a store."""
-
-    pairs: PairStore
-
-    def batch(self, draw: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
-        eps, x0, labels = self.pairs.batch(_indices(draw, len(self.pairs)))
-        return x0, eps, labels
-
-
-def _indices(draw: Draws, count: int | None) -> Tensor:
-    """Indices [B] of this process's part of a batch.
-
-    `count` samples are shuffled anew in each epoch; a batch may straddle two, so none is left out. Endless
-    data (None) is simply read on.
-    """
-    first = draw.step * draw.total
-    if count is None:
-        return torch.arange(first, first + draw.total)[draw.part]
-    epochs = range(first // count, (first + draw.total - 1) // count + 1)
-    order = torch.cat([randomness.permutation(draw.seed, "order", epoch, count) for epoch in epochs])
-    start = first - epochs[0] * count
-    return order[start : start + draw.total][draw.part]
 
 
 class State:

@@ -28,6 +28,19 @@ class Done:
     outputs: Sequence[str]
     figures: Figures
     dtype: str = "float32"
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of those outputs whose writer knows it, which spares reading them again."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage will take: `units` at `per_second` on one device, and what it leaves on the disk."""
+
+    units: int
+    unit: str
+    per_second: float
+    seconds: float
+    size_bytes: int
 
 
 class Stop:
@@ -85,8 +98,11 @@ class Work:
             probing.strict(model, location if isinstance(location, str) else location["name"])
         return model
 
-    def pairs(self, reference: str = "pairs") -> PairStore:
-        """Open the pairs that the field `reference` names."""
+    def pairs(self, reference: str = "pairs") -> list[PairStore]:
+        """Open the pairs that the field `reference` names, one store or several."""
         from flowdistill.pairstore import PairStore
 
-        return PairStore.open(self.inputs[reference])
+        named = self.inputs[reference]
+        return [
+            PairStore.open(each) for each in ([named] if isinstance(named, str) else dict(named).values())
+        ]

@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowdistill.analytic import Mixture, mixture
+from flowdistill.analytic import Mixture, gaussian, mixture
 from flowdistill.errors import UsageError
 from flowdistill.randomness import noise
 from flowdistill.schedule import Schedule, bellman, edm, shifted, uniform
 from flowdistill.solvers import SOLVERS, Solver, SolverName, integrate, nfe, steps_for
 
 FIXTURES = Path(__file__).parent / "fixtures"
-every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=lambda solver: solver.name)
+ALIASES: dict[SolverName, SolverName] = {"rf-solver": "midpoint"}
+every_solver = pytest.mark.parametrize(
+    "solver", dict.fromkeys(SOLVERS.values()), ids=lambda solver: solver.name
+)
 
 
 class Counting:
@@ -36,7 +39,13 @@ class Counting:
 
 def test_the_registry_is_the_recipes_choice() -> None:
     assert get_args(SolverName) == tuple(SOLVERS)
-    assert all(name == solver.name for name, solver in SOLVERS.items())
+    assert all(ALIASES.get(name, name) == solver.name for name, solver in SOLVERS.items())
+
+
+def test_an_alias_is_the_very_rule() -> None:
+    """RF-Solver is the midpoint rule; test_identities derives it from the paper's update."""
+    for alias, name in ALIASES.items():
+        assert SOLVERS[alias] is SOLVERS[name]
 
 
 STABILITY: dict[SolverName, Callable[[float], float]] = {
@@ -251,6 +260,81 @@ def test_samples_do_not_see_each_other(solver: Solver) -> None:
     field, eps = mixture((2,)), noise(0, range(6), (2,)).double()
     whole = integrate(field, eps, uniform(3), solver)
     torch.testing.assert_close(integrate(field, eps[4:5], uniform(3), solver), whole[4:5])
+
+
+@every_solver
+def test_the_way_up_ends_at_the_noise_that_a_closed_form_names(solver: Solver) -> None:
+    """Of the median sample; the quantile map of a bent flow, whose noise is where it came from."""
+    field, eps = mixture((1,)), noise(0, range(65), (1,)).double()
+    data = field.flow_map(eps)
+    coarse, fine = (
+        (integrate(field, data, uniform(steps), solver, inverse=True) - eps).abs().median()
+        for steps in (64, 128)
+    )
+    assert math.log2(coarse / fine) == pytest.approx(solver.order, abs=0.25)
+
+
+@every_solver
+def test_the_way_up_undoes_a_gaussians_linear_map(solver: Solver) -> None:
+    """On a linear flow a rule may be of a higher order than its own, never of a lower one."""
+    field, data = gaussian((2,)), noise(0, range(65), (2,)).double()
+    shift = field.flow_map(torch.zeros_like(data))
+    exact = (data - shift) / (field.flow_map(torch.ones_like(data)) - shift)
+    coarse, fine = (
+        float((integrate(field, data, uniform(steps), solver, inverse=True) - exact).abs().max())
+        for steps in (32, 64)
+    )
+    assert math.log2(coarse / fine) > solver.order - 0.25
+    assert fine < 0.03 * float(exact.abs().max())
+
+
+@every_solver
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_there_and_back_converges_with_the_order(solver: Solver, shift: float) -> None:
+    """Noise to data to noise, and data to noise to data, each of the median sample."""
+    field, eps = mixture((2,)), noise(0, range(65), (2,)).double()
+
+    def round_trip(steps: int, inverse_first: bool) -> Tensor:
+        x = eps
+        for inverse in (inverse_first, not inverse_first):
+            x = integrate(field, x, shifted(steps, shift), solver, inverse=inverse)
+        return (x - eps).norm(dim=1).median()
+
+    for first in (False, True):
+        coarse, fine = round_trip(64, first), round_trip(128, first)
+        assert math.log2(coarse / fine) > solver.order - 0.3
+
+
+@every_solver
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_evaluations_of_the_way_up_are_counted(solver: Solver, steps: int) -> None:
+    for schedule in (uniform(steps), shifted(steps, 3.0), edm(steps)):
+        field = Counting(mixture((1,)))
+        integrate(field, torch.zeros(3, 1), schedule, solver, inverse=True)
+        assert len(field.asked) == nfe(solver, schedule, inverse=True) == solver.evaluations * steps
+        times = [float(t[0]) for _, t, _ in field.asked]
+        assert times[0] == 0.0 and max(times) <= 1.0
+        assert times == sorted(times)
+
+
+def test_heuns_steps_up_are_all_heuns() -> None:
+    """Also the one from t = 0; of dx/dt = x each multiplies by 1 + h + h^2 / 2."""
+    x = torch.tensor([[2.0]], dtype=torch.float64)
+    schedule = Schedule((1.0, 0.4, 0.0), "test")
+    end = integrate(lambda x, t, labels: x, x, schedule, SOLVERS["heun"], inverse=True)
+    assert float(end) == pytest.approx(2 * (1 + 0.4 + 0.08) * (1 + 0.6 + 0.18))
+
+
+@every_solver
+def test_the_knots_of_the_way_up_are_seen_once(solver: Solver) -> None:
+    field, schedule = mixture((2,)), Schedule((1.0, 0.8, 0.3, 0.0), "test")
+    data, labels = noise(0, range(4), (2,)).double(), torch.tensor([0, 1, 2, 0])
+    seen: list[tuple[int, float, Tensor, Tensor]] = []
+    integrate(field, data, schedule, solver, labels, lambda *knot: seen.append(knot), inverse=True)
+    assert [(i, t) for i, t, _, _ in seen] == [(0, 0.0), (1, 0.3), (2, 0.8)]
+    assert torch.equal(seen[0][2], data)
+    for _, t, x, v in seen:
+        torch.testing.assert_close(v, field(x, torch.full((4,), t, dtype=torch.float64), labels))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture3"])

@@ -18,12 +18,13 @@ from flowdistill.errors import UsageError
 from flowdistill.pairstore import PairStore
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, integrate
+from flowdistill.sources import Draws
 from flowdistill.stages import Stage, Training, verbs
 from flowdistill.stages.boss import TENSORS, Boss, Meter, file_name
 from flowdistill.stages.pairs import Pairs
 from flowdistill.stages.reflow import Reflow
 from flowdistill.teachers import open_model
-from flowdistill.training import MODEL, Batch, Draws
+from flowdistill.training import MODEL, Batch
 from flowdistill.work import Stop, Work
 
 

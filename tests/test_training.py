@@ -19,9 +19,10 @@ from flowdistill.analytic import gaussian, mixture
 from flowdistill.data import DIGITS
 from flowdistill.errors import Diverged, Interrupted, UsageError
 from flowdistill.flow import interpolate, velocity
+from flowdistill.sources import DataSource, Draws, shuffled
 from flowdistill.stages import Ema, Optimizer
 from flowdistill.stages.train import Classification, FlowMatching, Train
-from flowdistill.training import CHECKPOINT, LOG, MODEL, Batch, DataSource, Draws, State, _indices
+from flowdistill.training import CHECKPOINT, LOG, MODEL, Batch, State
 from flowdistill.work import Progress, Stop, Work
 
 CPU = torch.device("cpu")
@@ -167,7 +168,9 @@ def draws(step: int, total: int, part: slice, seed: int = 3) -> Draws:
 @settings(deadline=None, max_examples=60)
 def test_every_epoch_sees_every_sample_once(count: int, total: int, epoch: int) -> None:
     steps = range((epoch + 1) * count // total + 2)
-    seen = torch.cat([_indices(draws(step, total, slice(0, total)), count) for step in steps])
+    seen = torch.cat(
+        [shuffled(3, "order", draws(step, total, slice(0, total)).numbers, count) for step in steps]
+    )
     one_epoch = seen[epoch * count : (epoch + 1) * count]
     assert sorted(one_epoch.tolist()) == list(range(count))
 
@@ -180,7 +183,10 @@ def test_parts_of_a_batch_do_not_depend_on_the_number_of_processes(
     total, size = 8, 8 // world
     parts = [draws(step, total, slice(rank * size, (rank + 1) * size)) for rank in range(world)]
     whole = draws(step, total, slice(0, total))
-    assert torch.equal(torch.cat([_indices(part, count) for part in parts]), _indices(whole, count))
+    assert torch.equal(torch.cat([part.numbers for part in parts]), whole.numbers)
+    if count is not None:
+        seen = [shuffled(3, "order", part.numbers, count) for part in parts]
+        assert torch.equal(torch.cat(seen), shuffled(3, "order", whole.numbers, count))
     assert torch.equal(torch.cat([part.uniform("t") for part in parts]), whole.uniform("t"))
     assert torch.equal(torch.cat([part.normal("n", (2,)) for part in parts]), whole.normal("n", (2,)))
 

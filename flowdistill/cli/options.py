@@ -41,6 +41,10 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder of the results")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="in place of the recipe's seed")]
+Procs = Annotated[
+    int,
+    typer.Option("--procs", min=1, metavar="N", help="processes on this machine, for stages that can share"),
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="make anew what is stale or asked for; the old is kept beside it")
 ]

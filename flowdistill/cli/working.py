@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from flowdistill.cli.options import (
     Only,
     Out,
     Overrides,
+    Procs,
     Quiet,
     Recipe,
     Seed,
@@ -39,6 +40,7 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     device: Device = "auto",
+    procs: Procs = 1,
     seed: Seed = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -57,7 +59,60 @@ def run(
       flowdistill run recipe.yaml -s reflow.steps=500 --out runs/short
     """
     pipeline = options.open_recipe(recipe, overrides, seed, out)
-    _work(context.obj, pipeline, None, device, fresh=fresh, as_json=as_json, quiet=quiet)
+    again = _again(recipe, overrides, seed, out, device)
+    _work(
+        context.obj,
+        pipeline,
+        None,
+        device,
+        procs=procs,
+        again=again,
+        fresh=fresh,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def pairs(
+    context: typer.Context,
+    recipe: Recipe,
+    stage: StageName = None,
+    only: Only = False,
+    overrides: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    procs: Procs = 1,
+    seed: Seed = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Reads the recipe and the inputs of its stage 'pairs'; writes the stage's folder, its manifest last.
+    Inputs that are not done are made first. Any number of these commands may work on one folder, also under
+    torchrun, accelerate or Slurm and on several machines that share it; each takes the shards that no other
+    has.
+
+    \b
+    Examples:
+      flowdistill pairs recipe.yaml --procs 2
+      flowdistill pairs recipe.yaml --seed 1 --out runs/seed1
+    """
+    pipeline = options.open_recipe(recipe, overrides, seed, out)
+    target = pipeline.select("pairs", stage)
+    again = _again(recipe, overrides, seed, out, device)
+    _work(
+        context.obj,
+        pipeline,
+        target,
+        device,
+        procs=procs,
+        again=again,
+        only=only,
+        fresh=fresh,
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def stage_command(verb: str) -> Callable[..., None]:
@@ -170,7 +225,7 @@ def evaluate(
     _work(context.obj, pipeline, chosen, device, only=only, fresh=fresh, as_json=as_json, quiet=quiet)
 
 
-OWN_COMMANDS: dict[str, Callable[..., None]] = {"boss": boss, "eval": evaluate}
+OWN_COMMANDS: dict[str, Callable[..., None]] = {"pairs": pairs, "boss": boss, "eval": evaluate}
 """Verbs whose command takes more than a recipe."""
 
 
@@ -256,32 +311,76 @@ def _work(
     target: str | None,
     device: str,
     *,
+    procs: int = 1,
+    again: Sequence[str] = (),
     only: bool = False,
     fresh: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run a stage, or all, and print what came out."""
-    from flowdistill import console, hardware
+    """Run a stage, or all, and print what came out.
+
+    `again` are the arguments for another process at the same recipe, of which there are to be `procs`.
+    """
+    from flowdistill import console, hardware, processes
     from flowdistill.pipeline import Finished
     from flowdistill.work import Stop
 
     invocation.stop = stop = Stop()
     finished: list[Finished] = []
-    with console.progress(quiet) as show:
+    chosen = hardware.resolve(device)
 
-        def observe(event: Event) -> None:
-            if isinstance(event, Finished):
-                finished.append(event)
-            show(event)
+    def in_processes(name: str) -> None:
+        arguments = [pipeline.stages[name].verb, *again, "--stage", name, "--only"]
+        processes.launch(arguments, procs, tell)
 
-        pipeline.run(
-            target, only=only, fresh=fresh, device=hardware.resolve(device), observe=observe, stop=stop
-        )
+    with processes.joined(chosen) as world:
+        if world.size > 1:
+            _check_shareable(pipeline, target, fresh or procs > 1)
+        with console.progress(quiet or world.rank > 0) as show:
+
+            def observe(event: Event) -> None:
+                if isinstance(event, Finished):
+                    finished.append(event)
+                if procs == 1 or not pipeline.stages[event.stage].shared:  # else the first process shows it
+                    show(event)
+
+            pipeline.run(
+                target,
+                only=only,
+                fresh=fresh,
+                device=chosen,
+                observe=observe,
+                stop=stop,
+                parallel=in_processes if procs > 1 else None,
+            )
+    if world.rank:
+        return
     if as_json:
         options.print_json(_document(pipeline, finished))
     else:
         console.results(finished, whole=target is None)
+
+
+def _again(
+    recipe: str, overrides: Sequence[str] | None, seed: int | None, out: Path | None, device: str
+) -> list[str]:
+    """The arguments that name a recipe and what is changed of it."""
+    named = [recipe, *(part for each in overrides or () for part in ("-s", each)), "--device", device]
+    named += [] if seed is None else ["--seed", str(seed)]
+    return named if out is None else [*named, "--out", str(out)]
+
+
+def _check_shareable(pipeline: Pipeline, target: str | None, alone: bool) -> None:
+    """Refuse what several processes that a launcher has started cannot do together."""
+    names = [target] if target else list(pipeline.stages)
+    for name in names:
+        if not pipeline.stages[name].shared:
+            raise UsageError(
+                f"stage '{name}' is not for several processes: do it in one, and `pairs` under the launcher"
+            )
+    if alone:
+        raise UsageError("--fresh and --procs are for one process: leave them out under a launcher")
 
 
 def _document(pipeline: Pipeline, finished: list[Finished]) -> dict[str, Any]:

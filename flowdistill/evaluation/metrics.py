@@ -41,6 +41,41 @@ class Estimate:
         return asdict(self)
 
 
+# --- inverted noise ---------------------------------------------------------------------------------
+
+
+def normality(eps: Tensor) -> dict[str, float]:
+    """How far noises [n, *shape] are from N(0, I), where every `..._ratio` is 1.
+
+    |eps|^2 / d has mean 1 and deviation sqrt(2 / d); `chi_square_ks` is the Kolmogorov-Smirnov distance of
+    |eps|^2 from the chi-square distribution with d degrees of freedom, `chi_square_p` its p-value.
+    """
+    rows = eps.double().flatten(1)
+    n, d = rows.shape
+    squares = rows.square().sum(1).sort().values
+    cdf = torch.special.gammainc(torch.tensor(d / 2, dtype=torch.float64), squares / 2)
+    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    ks = max(float((cdf - steps[:-1]).max()), float((steps[1:] - cdf).max()))
+    return {
+        "mean": float(rows.mean()),
+        "std": float(rows.std()),
+        "norm_mean_ratio": float(squares.mean() / d),
+        "norm_spread_ratio": float(squares.std(correction=min(1, n - 1)) / math.sqrt(2 * d)),
+        "chi_square_ks": ks,
+        "chi_square_p": _kolmogorov_p(ks, n),
+        "pairs": n,
+    }
+
+
+def _kolmogorov_p(distance: float, n: int) -> float:
+    """Probability of a larger distance under the hypothesis, asymptotic with Stephens' correction (1970)."""
+    x = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
+    if x < 0.2:  # the series does not converge there, and the answer is 1
+        return 1.0
+    terms = (2.0 * (1 if k % 2 else -1) * math.exp(-2 * k * k * x * x) for k in range(1, 101))
+    return min(1.0, max(0.0, sum(terms)))
+
+
 # --- Fréchet distance -----------------------------------------------------------------------------
 
 

@@ -17,6 +17,17 @@ from __future__ import annotations
 from flowdistill.pairstore.journal import JOURNAL
 from flowdistill.pairstore.spec import STORE, Block, PairSpec, rms, shard_path
 from flowdistill.pairstore.store import PairStore
-from flowdistill.pairstore.writer import PairWriter, mend
+from flowdistill.pairstore.writer import PairWriter, mend, refuse_others
 
-__all__ = ["JOURNAL", "STORE", "Block", "PairSpec", "PairStore", "PairWriter", "mend", "rms", "shard_path"]
+__all__ = [
+    "JOURNAL",
+    "STORE",
+    "Block",
+    "PairSpec",
+    "PairStore",
+    "PairWriter",
+    "mend",
+    "refuse_others",
+    "rms",
+    "shard_path",
+]

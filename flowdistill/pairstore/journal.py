@@ -1,4 +1,4 @@
-"""The journal of a store: one line a shard, whose sync to the disk is the moment at which the shard counts."""
+"""The journal of a store: a line a shard, whose sync to the disk is the moment at which the shard counts."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
@@ -18,6 +19,9 @@ from flowdistill.errors import ArtifactError, Diverged, UsageError
 
 STORE = "store.json"
 SHARDS = "shards"
+
+_BYTES_A_SHARD = 800
+"""Of a shard's header and its line in the journal."""
 
 # numpy has no bfloat16; its bits travel as int16.
 NUMPY = {
@@ -44,7 +48,7 @@ class PairSpec(BaseModel):
     """How x0 is stored; uint8 keeps round(127.5 (x0 + 1)) and is for images in [-1, 1]."""
     seed: int
     noise: Literal["seeded", "pcg64", "stored"] = "seeded"
-    """Where eps comes from: a function of (seed, index); a stored state of PCG64, as in rf++; or it is stored."""
+    """eps is a function of (seed, index), or drawn from a stored state of PCG64 (as in rf++), or stored."""
     error: bool = False
     """Whether each pair carries an estimate of its solver's error."""
     evaluations: bool = False
@@ -82,6 +86,14 @@ class PairSpec(BaseModel):
             columns["nfe"] = ("int32", ())
         return columns
 
+    @property
+    def size_bytes(self) -> int:
+        """What the finished store takes on the disk, but for the file system's own."""
+        each = sum(
+            math.prod(shape) * np.dtype(NUMPY[dtype]).itemsize for dtype, shape in self.columns().values()
+        )
+        return self.count * each + self.shards * _BYTES_A_SHARD
+
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The noise [B, *shape] of these pairs, and the records [B, 32] that it is from, for a new store."""
         if self.noise == "pcg64":
@@ -109,7 +121,7 @@ def _dotted(name: str, value: JsonValue) -> dict[str, JsonValue]:
 
 @dataclass(frozen=True)
 class Block:
-    """Pairs of successive indices, to be stored: eps, x0 [B, *shape]; the others [B], where the spec has them."""
+    """Pairs of successive indices: eps and x0 [B, *shape], and [B] what else the spec says they have."""
 
     eps: Tensor
     x0: Tensor
@@ -119,6 +131,16 @@ class Block:
     nfe: Tensor | None = None
     record: Tensor | None = None
     """[B, 32] uint8: state and increment of the PCG64 that drew eps."""
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Block]) -> Block:
+        """One block of several, in order."""
+        columns = {
+            name: torch.cat([getattr(block, name) for block in blocks])
+            for name, first in vars(blocks[0]).items()
+            if first is not None
+        }
+        return cls(**columns)
 
 
 def read_spec(folder: Path) -> PairSpec:

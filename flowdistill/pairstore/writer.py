@@ -46,13 +46,13 @@ class PairWriter:
         self.folder = folder
         self.spec = spec
         self._mine: ExitStack = ExitStack()
-        _refuse_others(folder, spec)
+        refuse_others(folder, spec)
         artifact.create_folder(folder)
         with ExitStack() as held:
             held.enter_context(artifact.joined(folder, (folder, folder / SHARDS), folder / _CLAIMS))
             artifact.create_folder(folder / _CLAIMS)
             with self._exclusive():
-                if not _refuse_others(folder, spec):
+                if not refuse_others(folder, spec):
                     write_spec(folder, spec)
             artifact.create_folder(folder / SHARDS)
             self._journal = Journal(folder, spec)
@@ -162,7 +162,7 @@ def mend(folder: Path, spec: PairSpec) -> list[int]:
     Nobody else may be at work on it.
     """
     try:
-        there = (folder / STORE).exists() and _refuse_others(folder, spec)
+        there = (folder / STORE).exists() and refuse_others(folder, spec)
     except ArtifactError:
         there = False
     if not there:
@@ -180,8 +180,8 @@ def mend(folder: Path, spec: PairSpec) -> list[int]:
     ]
 
 
-def _refuse_others(folder: Path, spec: PairSpec) -> bool:
-    """Whether the folder is a store of this spec; UsageError where it is something else, but for a new one."""
+def refuse_others(folder: Path, spec: PairSpec) -> bool:
+    """Whether the folder is a store of this spec already; UsageError where it is anything else."""
     if (folder / STORE).exists():
         found, asked = read_spec(folder).flat(), spec.flat()
         keys = sorted(key for key in found | asked if found.get(key) != asked.get(key))

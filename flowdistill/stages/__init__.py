@@ -12,25 +12,28 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flowdistill.recipe import Settings, StageSettings
-from flowdistill.work import Done, Figures, Work
+from flowdistill.work import Cost, Done, Figures, Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flowdistill.objectives import Distance
+    from flowdistill.sources import Source
     from flowdistill.teachers import Card, Model
-    from flowdistill.training import Batch, Source
+    from flowdistill.training import Batch
 
 
 class Stage(StageSettings):
     """One verb of a recipe."""
 
     verb: ClassVar[str]
+    shared: ClassVar[bool] = False
+    """Whether several processes may do the stage together."""
 
     def run(self, work: Work) -> Done:
         """Write the artifact into `work.folder`, continuing what an earlier run left there.
@@ -38,6 +41,10 @@ class Stage(StageSettings):
         The pipeline writes the manifest afterwards.
         """
         raise NotImplementedError
+
+    def plan(self, work: Work) -> Cost | None:
+        """What the stage will take, measured on a little of it; None where that is not known."""
+        return None
 
 
 class Optimizer(Settings):
@@ -81,6 +88,32 @@ class Ema(Settings):
     def decay_at(self, update: int) -> float:
         """Decay of the 1-based `update`."""
         return min(self.decay, (1 + update) / (10 + update)) if self.ramp else self.decay
+
+
+class Feed(Settings):
+    """Which pairs of the stores are seen, and how often."""
+
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="share of each store, in their order; left out, by their numbers of pairs"
+    )
+    subset: tuple[Annotated[int, Field(ge=0)], int] | None = Field(
+        None, description="only the pairs with indices from the first number up to, not with, the second"
+    )
+    drop_farthest: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a store's pairs that is left out: noise and data farthest apart",
+    )
+    flip: bool = Field(
+        False, description="mirror noise and image of half the pairs, drawn anew for each step"
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> Feed:
+        if self.subset and not self.subset[0] < self.subset[1]:
+            raise ValueError(f"expected a subset [first, end] with first < end, found {list(self.subset)}")
+        return self
 
 
 class Training(Stage):

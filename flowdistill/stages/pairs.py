@@ -1,27 +1,46 @@
 """Pairs: the teacher's ODE solved from many noises, (eps, x0) kept for reflow.
 
 The noise of pair i is a function of (seed, i), so the store holds samples only, and the same bytes come out
-whether it is made in one go or after any number of kills.
+whether it is made in one go or after any number of kills, by one process or by many. How far the solver is
+from the solution is measured before anything is spent: the same noises, every step halved. With
+`source: data` the ODE is solved upwards instead, from real samples to their noise (rf++'s config G).
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from flowdistill import schedule
+from flowdistill.errors import UsageError
+from flowdistill.grids import Grid, schedule
+from flowdistill.guidance import Guidance
 from flowdistill.recipe import Reference
 from flowdistill.solvers import SOLVERS, SolverName, integrate, nfe
 from flowdistill.stages import Stage
-from flowdistill.work import Done, Progress, Work, batches
+from flowdistill.work import Cost, Done, Figures, Progress, Work, batches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flowdistill.flow import VelocityField
+    from flowdistill.images import Samples
+    from flowdistill.pairstore import Block, PairSpec, PairStore, PairWriter
+    from flowdistill.schedule import Schedule
     from flowdistill.teachers import Model
 
-GRIDS = {"uniform": schedule.uniform, "edm": schedule.edm}
+CHECK = "check.safetensors"
+"""The solver's error on the first pairs."""
+DEFAULT_COUNT = 20_000
+_TRIAL_S = 3.0
+_ORDER_RK45 = 5
+_JUDGED = 4096
+"""Inverted noises that are compared with a normal distribution."""
 
 
 class Pairs(Stage):
@@ -29,15 +48,40 @@ class Pairs(Stage):
 
     verb: ClassVar[str] = "pairs"
     produces: ClassVar[str] = "pairs"
+    shared: ClassVar[bool] = True
 
     model: Annotated[str | None, Reference("model", allow_teacher=True)] = Field(
         "teacher", description="model that makes the pairs"
     )
-    count: int = Field(20_000, gt=0, description="number of pairs")
-    solver: SolverName = "heun"
+    source: Literal["noise", "data"] = Field(
+        "noise", description="noise: solve from noise to samples; data: invert real samples to their noise"
+    )
+    data: Annotated[str | None, Reference("data", optional=True, files=True, names=("shapes", "digits"))] = (
+        Field(
+            None,
+            description="with `source: data`: a data set, a folder of images, a .npz or .safetensors; left "
+            "out, what the model's card says",
+        )
+    )
+    count: int | None = Field(
+        None, gt=0, description="number of pairs; left out, 20000, or as many as the data have"
+    )
+    solver: SolverName | Literal["rk45"] = Field(
+        "heun", description="rf-solver is midpoint; rk45 chooses the steps of each sample itself"
+    )
     steps: int = Field(18, gt=0, description="steps of the solver; heun makes 2 steps - 1 evaluations")
-    schedule: Literal["uniform", "edm"] = Field(
-        "uniform", description="times of the steps; edm is for EDM teachers"
+    schedule: Grid = Field("uniform", description="times of the steps; edm is for EDM's teachers")
+    rtol: float = Field(1e-5, gt=0, description="of rk45: relative error of a step")
+    atol: float = Field(1e-5, gt=0, description="of rk45: absolute error of a step")
+    guidance: Guidance | None = Field(None, description="in place of the model's own")
+    classes: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="classes, or prompts, that are drawn from; left out, all of them"
+    )
+    labels: Annotated[str | None, Reference("labels", optional=True, files=True)] = Field(
+        None, description="a text file with a label in each line: pair i has that of line i, over and over"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="arithmetic of the network; the state of the ODE is float32 in any case"
     )
     batch_size: int = Field(256, gt=0, description="pairs that are integrated at once")
     shard_size: int = Field(1024, gt=0, description="pairs in a file; what a kill costs at most")
@@ -45,64 +89,362 @@ class Pairs(Stage):
         "float16", description="type of the stored data"
     )
     store_noise: bool = Field(False, description="store the noise too, for readers other than flowdistill")
+    noise: Literal["seeded", "pcg64"] = Field(
+        "seeded", description="pcg64: draw the noise as rf++ does, so that the pairs can be exported for it"
+    )
+    check: int = Field(
+        64, ge=0, description="pairs that the solver's error is measured on, by halving every step"
+    )
+    tolerance: float | None = Field(
+        None, gt=0, description="largest solver error, as a share of the distance from noise to data"
+    )
+    estimate_error: bool = Field(
+        False, description="measure the solver's error of every pair and store it; three times the work"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Pairs:
+        if self.classes and self.labels:
+            raise ValueError("classes: cannot be given together with `labels`")
+        if self.tolerance and not self.check:
+            raise ValueError("tolerance: needs `check`, pairs to measure the error on")
+        if self.noise == "pcg64" and (self.store_noise or self.source == "data"):
+            raise ValueError("noise: pcg64 is for noise that is drawn and not stored")
+        if self.source == "noise" and self.data:
+            raise ValueError("data: is for `source: data`")
+        if self.source == "data" and (self.classes or self.labels):
+            raise ValueError("source: data have their own labels; leave `classes` and `labels` out")
+        if self.solver != "rk45":
+            try:
+                schedule(self.schedule, self.steps)
+            except UsageError as error:
+                raise ValueError(f"schedule: {error}") from error
+        return self
 
     def run(self, work: Work) -> Done:
-        import time
+        from flowdistill.pairstore import PairStore, PairWriter, refuse_others
 
-        from flowdistill.pairstore import PairSpec, PairWriter
+        maker = self.maker(work)
+        refuse_others(work.folder, maker.spec)
+        judged = self.judge(maker)
+        started = time.monotonic()
+        with PairWriter(work.folder, maker.spec) as writer:
+            before = writer.committed_pairs
+            for shard in writer.claims(idle=work.stop.check):
+                writer.commit(shard, maker.shard(shard, writer))
+            made, files = writer.committed_pairs - before, writer.files()
+        seconds = time.monotonic() - started
+        figures = {
+            "pairs": maker.spec.count,
+            **maker.evaluations(),
+            **judged,
+            "pairs_per_second": made / seconds,
+            "seconds": seconds,
+        }
+        store = PairStore.open(work.folder)
+        if self.source == "data":
+            figures["noise"] = _noise_figures(store)
+        if self.solver == "rk45":
+            calls = store.column("nfe").double()
+            figures["nfe"] = {
+                "mean": float(calls.mean()),
+                "least": int(calls.min()),
+                "most": int(calls.max()),
+            }
+        if self.check:
+            files[CHECK] = ""
+        return Done(tuple(files), figures, _DTYPES[self.precision], {k: v for k, v in files.items() if v})
 
-        model = work.model()
-        calls = nfe(SOLVERS[self.solver], GRIDS[self.schedule](self.steps))
-        spec = PairSpec(
-            count=self.count,
+    def maker(self, work: Work) -> Maker:
+        """Everything that a pair depends on."""
+        from flowdistill import images
+
+        model = work.model().guided(self.guidance)
+        data = None
+        if self.source == "data":
+            named = work.inputs.get("data") or model.card.data
+            if named is None:
+                raise UsageError(
+                    f"{work.stage}.data: the model's card names no data set; name one, or a path"
+                )
+            data = images.open_samples(named, model.card.shape)
+        spec = self.spec(work, model, data)
+        return Maker(self, work, model, spec, data, self.chosen_labels(work, model))
+
+    def spec(self, work: Work, model: Model, data: Samples | None) -> PairSpec:
+        """What the store says of itself; two runs with equal specs make equal bytes."""
+        from flowdistill.pairstore import PairSpec
+
+        guidance = model.card.guidance
+        own = {"steps", "schedule"} if self.solver != "rk45" else {"rtol", "atol"}
+        settings = self.model_dump(
+            mode="json", include={"source", "solver", "classes", "precision", "batch_size"} | own
+        )
+        inputs = {
+            key: work.parents.get(str(work.inputs[key])) for key in ("data", "labels") if work.inputs.get(key)
+        }
+        return PairSpec(
+            count=_count(self.count, data, work.stage),
             shape=model.card.shape,
             classes=model.card.classes,
             shard_size=self.shard_size,
             dtype=self.dtype,
-            store_noise=self.store_noise,
+            noise="stored" if self.store_noise or data is not None else self.noise,
+            error=self.estimate_error,
+            evaluations=self.solver == "rk45",
             seed=work.seed,
             origin={
                 "model": model.digest,
-                "solver": self.solver,
-                "steps": self.steps,
-                "schedule": self.schedule,
+                "guidance": guidance.model_dump(mode="json") if guidance else None,
+                **settings,
+                **inputs,
             },
         )
-        started, made = time.monotonic(), 0
-        with PairWriter(work.folder, spec) as writer:
-            for shard in writer.missing():
-                parts = []
-                for part in batches(spec.indices(shard), self.batch_size):
-                    work.stop.check()
-                    parts.append(self.solve(model, work, part))
-                    made += len(part)
-                    work.report(Progress(part.stop, self.count, "pair"))
-                eps, x0, labels = map(_join, zip(*parts, strict=True))
-                assert x0 is not None
-                writer.commit(shard, x0, labels, eps if self.store_noise else None)
-            files = writer.files()
-        seconds = time.monotonic() - started
-        figures = {
-            "pairs": self.count,
-            "nfe": calls,
-            "pairs_per_second": made / seconds,
-            "seconds": seconds,
-        }
-        return Done(files, figures)
 
-    def solve(self, model: Model, work: Work, indices: range) -> tuple[Tensor, Tensor, Tensor | None]:
-        """eps, x0 [B, *shape] and labels [B] of the pairs `indices`, on the CPU."""
+    def judge(self, maker: Maker) -> Figures:
+        """The solver's error on the first pairs, measured once; UsageError where it is above `tolerance`."""
+        from flowdistill import artifact
+
+        if not self.check:
+            return {}
+        claims, path = maker.work.folder / ".claims", maker.work.folder / CHECK
+        artifact.create_folder(claims)
+        with artifact.claimed(claims / "check", wait=True):
+            if path.exists():
+                error, distance = (artifact.load_tensors(path)[0][name] for name in ("error", "distance"))
+                return _error_figures(error, distance)
+            error, distance = maker.errors(range(min(self.check, maker.spec.count)))
+            figures = _error_figures(error, distance)
+            self._refuse_inaccurate(figures["solver_error"]["relative"], maker.work.stage)
+            header = {"kind": "solver error", "store": maker.spec.digest}
+            artifact.save_tensors(path, {"error": error, "distance": distance}, header)
+            return figures
+
+    def _refuse_inaccurate(self, relative: float, stage: str) -> None:
+        if self.tolerance is None or relative <= self.tolerance:
+            return
+        order = _ORDER_RK45 if self.solver == "rk45" else SOLVERS[self.solver].order
+        excess = relative / self.tolerance
+        fix = (
+            f"lower rtol and atol to about {self.rtol / excess:.1g}"
+            if self.solver == "rk45"
+            else f"about {math.ceil(self.steps * excess ** (1 / order))} steps would do"
+        )
+        raise UsageError(
+            f"{stage}.tolerance: the solver's error is {relative:.2%} of the distance from noise to data, "
+            f"more than {self.tolerance:.2%}; nothing was made\n{fix}, or another solver"
+        )
+
+    def chosen_labels(self, work: Work, model: Model) -> list[int] | None:
+        """The labels of a file, or the classes to draw from; UsageError for unknown ones."""
+        chosen, what = self.classes, f"{work.stage}.classes"
+        if self.labels:
+            what = str(work.inputs["labels"])
+            chosen = _read_labels(Path(what))
+        if chosen is None:
+            return None
+        if not model.card.classes:
+            raise UsageError(f"{what}: the model has no classes")
+        for number, label in enumerate(chosen, start=1):
+            if not 0 <= label < model.card.classes:
+                place = f"{what}:{number}" if self.labels else what
+                raise UsageError(
+                    f"{place}: {label} is no class of the model, which has 0 to {model.card.classes - 1}"
+                )
+        return chosen
+
+    def plan(self, work: Work) -> Cost:
+        """Rate of a few batches, in the type and size of the real ones, and what the whole comes to."""
+        maker = self.maker(work)
+        size = min(self.batch_size, maker.spec.count)
+        maker.block(range(size))  # the first is slower: caches are filled, kernels chosen
+        made, started = 0, time.monotonic()
+        while not made or time.monotonic() - started < _TRIAL_S:
+            maker.block(range(size))
+            made += size
+        rate = made / (time.monotonic() - started)
+        checked = 3 * min(self.check, maker.spec.count)
+        return Cost(
+            maker.spec.count,
+            "pair",
+            rate,
+            seconds=(maker.spec.count + checked) / rate,
+            size_bytes=maker.spec.size_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the pairs of any indices, each the same whoever asks, in batches of a fixed size."""
+
+    stage: Pairs
+    work: Work
+    model: Model
+    spec: PairSpec
+    data: Samples | None
+    chosen: Sequence[int] | None
+
+    def shard(self, shard: int, writer: PairWriter) -> Block:
+        """The pairs of a shard."""
+        parts: list[Block] = []
+        for indices in batches(self.spec.indices(shard), self.stage.batch_size):
+            self.work.stop.check()
+            parts.append(self.block(indices))
+            done = writer.committed_pairs + sum(len(part.x0) for part in parts)
+            self.work.report(Progress(min(done, self.spec.count), self.spec.count, "pair"))
+        return type(parts[0]).joined(parts)
+
+    def block(self, indices: range) -> Block:
+        """The pairs of one batch, on the CPU."""
+        from flowdistill.pairstore import Block
+
+        if self.data is not None:
+            x0, labels = self.data.read(indices)
+            eps, calls = self.solve(x0, self._checked(labels), inverse=True)
+            record = None
+        else:
+            eps, record = self.spec.draw(indices)
+            labels = self.labels(indices)
+            x0, calls = self.solve(eps, labels)
+        block = Block(eps, x0, labels if self.spec.classes else None, nfe=calls, record=record)
+        return replace(block, error=self.error(block)) if self.spec.error else block
+
+    def solve(
+        self, x: Tensor, labels: Tensor | None, inverse: bool = False, halved: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The other end of the flow [B, *shape], and the evaluations of each sample where they differ."""
+        from flowdistill.adaptive import integrate_adaptive
+
+        x = x.to(self.work.device)
+        labels = None if labels is None else labels.to(self.work.device)
+        if self.stage.solver == "rk45":
+            finer = 2.0**-_ORDER_RK45 if halved else 1.0
+            rtol, atol = self.stage.rtol * finer, self.stage.atol * finer
+            end, calls = integrate_adaptive(self.field, x, rtol, atol, labels, inverse=inverse)
+            return end.cpu(), calls
+        grid = self.grid.halved() if halved else self.grid
+        return integrate(self.field, x, grid, SOLVERS[self.stage.solver], labels, inverse=inverse).cpu(), None
+
+    def error(self, block: Block) -> Tensor:
+        """What the solver is off by, [B]: against every step halved or, of data, after there and back.
+
+        RMS per dimension.
+        """
+        from flowdistill.pairstore import rms
+
+        if self.data is not None:
+            return rms(self.solve(block.eps, block.labels)[0], block.x0)
+        return rms(self.solve(block.eps, block.labels, halved=True)[0], block.x0)
+
+    def errors(self, indices: range) -> tuple[Tensor, Tensor]:
+        """Error and distance [n] of the pairs of these indices."""
+        import torch
+
+        from flowdistill.pairstore import rms
+
+        found = []
+        for part in batches(indices, self.stage.batch_size):
+            self.work.stop.check()
+            block = self.block(part)
+            error = self.error(block) if block.error is None else block.error
+            found.append((error, rms(block.eps, block.x0)))
+        error, distance = map(torch.cat, zip(*found, strict=True))
+        return error, distance
+
+    def labels(self, indices: range) -> Tensor | None:
+        """Labels [B], each a function of (seed, index) alone; None without classes."""
+        import torch
+
         from flowdistill import randomness
 
-        eps = randomness.noise(work.seed, indices, model.card.shape)
-        labels = model.labels(work.seed, indices)
-        grid = GRIDS[self.schedule](self.steps)
-        x0 = integrate(model.field, eps.to(work.device), grid, SOLVERS[self.solver], labels)
-        return eps, x0.cpu(), None if labels is None else labels.cpu()
+        if self.chosen is None:
+            return self.model.labels(self.work.seed, indices)
+        if self.stage.labels:
+            return torch.tensor([self.chosen[index % len(self.chosen)] for index in indices])
+        return torch.tensor(self.chosen)[
+            randomness.integers(self.work.seed, "labels", indices, len(self.chosen))
+        ]
+
+    def evaluations(self) -> Figures:
+        """NFE of a pair, and forward passes where guidance makes them more."""
+        if self.stage.solver == "rk45":
+            return {}
+        calls = nfe(SOLVERS[self.stage.solver], self.grid, inverse=self.data is not None)
+        guidance = self.model.card.guidance
+        doubled = guidance is not None and guidance.needs_null and self.spec.classes
+        return {"nfe": calls, **({"forward_passes": 2 * calls} if doubled else {})}
+
+    @property
+    def grid(self) -> Schedule:
+        return schedule(self.stage.schedule, self.stage.steps)
+
+    @property
+    def field(self) -> VelocityField:
+        """The model's velocity in the arithmetic that the recipe asks for."""
+        import torch
+
+        field = self.model.field
+        if self.stage.precision == "fp32":
+            return field
+        dtype = torch.bfloat16 if self.stage.precision == "bf16" else torch.float16
+
+        def velocity(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            with torch.autocast(torch.device(self.work.device).type, dtype):
+                return field(x, t, labels)
+
+        return velocity
+
+    def _checked(self, labels: Tensor | None) -> Tensor | None:
+        """The labels of data, if the model wants any."""
+        classes = self.spec.classes
+        if not classes:
+            return None
+        if labels is None:
+            raise UsageError(f"{self.work.stage}.data: has no labels, and the model has {classes} classes")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            found = f"{int(labels.min())} to {int(labels.max())}"
+            raise UsageError(f"{self.work.stage}.data: labels {found}, the model has 0 to {classes - 1}")
+        return labels
 
 
-def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    import torch
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+
+def _count(asked: int | None, data: Samples | None, stage: str) -> int:
+    there = None if data is None else data.count
+    if asked is None:
+        return there or DEFAULT_COUNT
+    if there is not None and asked > there:
+        raise UsageError(f"{stage}.count: {asked} pairs are asked for, the data have {there}")
+    return asked
+
+
+def _read_labels(path: Path) -> list[int]:
+    from flowdistill import artifact
+
+    with artifact.opened(path) as file:
+        lines = file.read().decode(errors="replace").split()
+    labels = []
+    for number, line in enumerate(lines, start=1):
+        if not line.isascii() or not line.isdecimal() or len(line) > 9:
+            raise UsageError(f"{path}:{number}: expected a label, a whole number, found {line[:40]!r}")
+        labels.append(int(line))
+    if not labels:
+        raise UsageError(f"{path}: is empty, expected a label in each line")
+    return labels
+
+
+def _error_figures(error: Tensor, distance: Tensor) -> Figures:
+    """How large the solver's error [n] is, and as a share of the distance [n] from noise to data."""
+    relative = float(error.double().mean() / distance.double().mean())
+    spread = {name: float(error.quantile(q)) for name, q in (("median", 0.5), ("p95", 0.95))}
+    measured = {"mean": float(error.mean()), **spread, "relative": relative, "pairs": len(error)}
+    return {"solver_error": measured, "distance": float(distance.mean())}
+
+
+def _noise_figures(store: PairStore) -> Figures:
+    """What inverted noise looks like, beside what a normal distribution would."""
+    from flowdistill.evaluation import metrics
+
+    stride = -(-len(store) // _JUDGED)
+    return metrics.normality(store.column("eps", range(0, len(store), stride)))

@@ -16,15 +16,16 @@ from pydantic import Field
 from flowdistill.architectures import Architecture, arguments
 from flowdistill.objectives import Loss, LpipsHuber, Timesteps, UShaped
 from flowdistill.recipe import Reference
-from flowdistill.stages import Training
+from flowdistill.stages import Feed, Training
 from flowdistill.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flowdistill.objectives import Distance
+    from flowdistill.sources import Source
     from flowdistill.teachers import Card, Model
-    from flowdistill.training import Batch, Source
+    from flowdistill.training import Batch
 
 
 class Reflow(Training):
@@ -32,7 +33,10 @@ class Reflow(Training):
 
     verb: ClassVar[str] = "reflow"
 
-    pairs: Annotated[str | None, Reference("pairs")] = Field(None, description="stage whose pairs are learnt")
+    pairs: Annotated[str | list[str] | None, Reference("pairs")] = Field(
+        None, description="stage whose pairs are learnt, or several"
+    )
+    feed: Feed = Feed()
     init: Annotated[str | None, Reference("model", allow_teacher=True)] = Field(
         "teacher", description="model that the student starts as, and whose data it imitates"
     )
@@ -74,9 +78,9 @@ class Reflow(Training):
         return student
 
     def source(self, work: Work) -> Source:
-        from flowdistill.training import PairSource
+        from flowdistill.sources import PairSource
 
-        return PairSource(work.pairs())
+        return PairSource(work.pairs(), self.feed)
 
     def perceptual(self, card: Card) -> Distance | None:
         from flowdistill.evaluation import extractors

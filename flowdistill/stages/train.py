@@ -21,8 +21,9 @@ from flowdistill.work import Figures, Work
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from flowdistill.sources import Source
     from flowdistill.teachers import Model
-    from flowdistill.training import Batch, Source
+    from flowdistill.training import Batch
 
 _MEASURED = 50_000
 """Real samples behind the reference moments of a classifier."""
@@ -109,7 +110,7 @@ class Train(Training):
 
     def source(self, work: Work) -> Source:
         from flowdistill import data
-        from flowdistill.training import DataSource
+        from flowdistill.sources import DataSource
 
         chosen = data.dataset(self.data)
         return DataSource(chosen.training if self.held_out else chosen)

@@ -84,6 +84,13 @@ class Model:
         null = self.card.null_label
         return None if null is None else labels.new_full(labels.shape, null)
 
+    def guided(self, guidance: Guidance | None) -> Model:
+        """The model under other guidance, None its own; UsageError where it cannot have it."""
+        if guidance is None:
+            return self
+        _check_guidance(guidance, self.card)
+        return replace(self, card=self.card.model_copy(update={"guidance": guidance}))
+
     def labels(self, seed: int, indices: Sequence[int]) -> Tensor | None:
         """Labels [B] of samples, each a function of (seed, index) alone; None without classes."""
         from flowdistill import randomness
@@ -184,29 +191,22 @@ def open_model(reference: Reference, device: str = "cpu") -> Model:
         (chosen,) = _options(name, options, Options)
         found = load(locate(name), device)
         found = replace(found, digest=_digest(found.digest, chosen))
-    guidance = chosen.guidance or found.card.guidance
-    if guidance is not None:
-        _check_guidance(name, guidance, found.card)
-    return replace(
-        found,
-        card=found.card.model_copy(update={"guidance": guidance}),
-        probe=chosen.probe and found.card.foreign,
-    )
+    try:
+        guided = found.guided(chosen.guidance or found.card.guidance)
+    except UsageError as error:
+        raise UsageError(f"teacher {name}: {error}") from None
+    return replace(guided, probe=chosen.probe and found.card.foreign)
 
 
-def _check_guidance(name: str, guidance: Guidance, card: Card) -> None:
+def _check_guidance(guidance: Guidance, card: Card) -> None:
     """Refuse guidance that the model cannot have."""
     if not card.classes:
-        raise UsageError(f"teacher {name}: guidance needs a model with classes or prompts, this one has none")
+        raise UsageError("guidance needs a model with classes or prompts, this one has none")
     if guidance.channels is not None and guidance.channels > card.shape[0]:
-        raise UsageError(
-            f"teacher {name}: guidance.channels is {guidance.channels}, the model has {card.shape[0]}"
-        )
+        raise UsageError(f"guidance.channels is {guidance.channels}, the model has {card.shape[0]}")
     predicted = card.convention.prediction if card.convention else "velocity"
     if guidance.rescale is not None and predicted != "velocity":
-        raise UsageError(
-            f"teacher {name}: guidance.rescale is for networks that predict velocity, this one: {predicted}"
-        )
+        raise UsageError(f"guidance.rescale is for networks that predict velocity, this one: {predicted}")
 
 
 def _closed_form(name: str, options: Mapping[str, Any], device: str) -> Model:
