@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flowdistill import artifact, evaluation
+from flowdistill import artifact, evaluation, hardware
 from flowdistill.boundary import tell
 from flowdistill.pipeline import Advanced, Event, Finished, Standing, Started
 from flowdistill.stages import verbs
@@ -23,6 +23,7 @@ from flowdistill.work import Progress
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from flowdistill.planning import Plan
     from flowdistill.probing import Report
 
 LINE_EVERY_SECONDS = 30.0
@@ -30,6 +31,7 @@ LINE_EVERY_SECONDS = 30.0
 REDRAW_EVERY_SECONDS = 0.1
 _WIDTH_OF_FILES = 200
 _NAMED_AT_MOST = 3
+_BARS = " ▁▂▃▄▅▆▇█"
 _LONG = 80
 """Mappings that take more characters are printed over several lines."""
 
@@ -93,7 +95,7 @@ class Pace:
         if seconds > 0 and done > 0:
             parts += [f"{number(done / seconds)}/s", f"{clock((now.total - now.done) * seconds / done)} left"]
         parts += [f"{name} {number(value)}" for name, value in now.figures.items()]
-        return ", ".join([*parts, f"{_peak_memory_gb():.1f} GB"])
+        return ", ".join([*parts, f"{hardware.peak_memory_bytes() / 1e9:.1f} GB"])
 
     def ending(self, event: Finished) -> str:
         """`reflow: done in 1:36, runs/quickstart/reflow`."""
@@ -143,17 +145,6 @@ class _Lines:
                 tell(self._pace.ending(event))
 
 
-def _peak_memory_gb() -> float:
-    """The most that was in use so far: of the GPU where it is used, else of the process."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return float(torch.cuda.max_memory_allocated()) / 1e9
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 # Results ------------------------------------------------------------------------------------------------
 
 
@@ -193,11 +184,20 @@ def _facts(content: Mapping[str, Any]) -> Iterator[str]:
     width = max(map(len, content), default=0)
     for name, value in content.items():
         text = inline(value)
-        if isinstance(value, Mapping) and len(text) > _LONG:
+        if isinstance(value, Mapping) and value.keys() == {"edges", "counts"}:
+            low, high = number(value["edges"][0]), number(value["edges"][-1])
+            yield f"{name:{width}}  {low} {_bars(value['counts'])} {high}"
+        elif isinstance(value, Mapping) and len(text) > _LONG:
             yield name
             yield from (f"  {line}" for line in _facts(value))
         else:
             yield f"{name:{width}}  {text}"
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """A histogram on one line."""
+    most = max(1, *counts)
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
 
 
 def inline(value: Any) -> str:
@@ -258,6 +258,29 @@ def _flow(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
     return json.dumps(value)
+
+
+def plan(found: Plan) -> None:
+    """Print what each stage will cost, and whether the disk is large enough."""
+    rows = []
+    for each in found.stages:
+        cost = each.cost
+        measured = ["", "", "", ""]
+        if cost is not None:
+            rate = f"{number(cost.per_second)} {cost.unit}s/s"
+            measured = [f"{cost.units} {cost.unit}s", rate, clock(cost.seconds), gigabytes(cost.size_bytes)]
+        rows.append([each.stage, each.verb, *measured, each.remark])
+    table(("stage", "verb", "makes", "rate", "time", "disk", ""), rows)
+    room = "" if found.size_bytes <= found.free_bytes else ": NOT ENOUGH ROOM"
+    typer.echo(
+        f"\non {found.device}, one process; {gigabytes(found.peak_memory_bytes)} of memory so far; "
+        f"{gigabytes(found.size_bytes)} to write, {gigabytes(found.free_bytes)} free{room}"
+    )
+
+
+def gigabytes(size_bytes: int) -> str:
+    """`6.2 GB`, `340 MB`."""
+    return f"{number(size_bytes / 1e9)} GB" if size_bytes >= 1e9 else f"{number(size_bytes / 1e6)} MB"
 
 
 def status(standings: Iterable[Standing]) -> None:

@@ -156,9 +156,10 @@ def _sweep_alone(file: int, folders: Sequence[Path], scratch: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return
-    shutil.rmtree(scratch, ignore_errors=True)
+    with suppress(OSError):  # here and below, the next one may succeed
+        shutil.rmtree(scratch, ignore_errors=True)
     for folder in folders:
-        with suppress(FlowdistillError):  # the next one may succeed
+        with suppress(FlowdistillError):
             sweep(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -36,6 +37,17 @@ def resolve(name: str) -> str:
     if kind == "cuda" and not index and "LOCAL_RANK" in os.environ:
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return name
+
+
+def peak_memory_bytes() -> int:
+    """The most that was in use so far: of the GPU where it is used, else of the process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a file or folder is, where it came from, and whether it is whole.
 
-Kinds are told by what a file says of itself, not by its name. Nothing here imports torch, apart from checking
-a lone tensor file byte by byte.
+Kinds are told by what a file says of itself, not by its name. Nothing here imports torch, apart from looking
+into stores of pairs and checking a lone tensor file byte by byte.
 """
 
 from __future__ import annotations
@@ -10,13 +10,23 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowdistill import artifact, teachers
 from flowdistill.errors import ArtifactError, MissingInput
 from flowdistill.pipeline import STARTED, Pipeline
 from flowdistill.recipe import Recipe, load
 from flowdistill.stages import Stage, verbs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+STORE = "store.json"
+"""What a store of pairs is told by."""
+_THUMBNAILS, _COLUMNS = 64, 8
+_POINTS = 4096
+_BINS = 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,20 @@ class Description:
     path: Path
     kind: str
     facts: dict[str, Any]
+
+
+def grid(folder: Path) -> bytes:
+    """PNG of samples of a store of pairs, evenly spaced over it.
+
+    Raises `UsageError` where they are not images or points, and what opening the store raises.
+    """
+    from flowdistill import pictures
+    from flowdistill.pairstore import PairStore
+
+    store = PairStore.open(folder)
+    most = _POINTS if len(store.spec.shape) == 1 else _THUMBNAILS
+    stride = max(1, len(store) // most)
+    return pictures.grid(store.batch(range(0, len(store), stride)[:most])[1], _COLUMNS)
 
 
 def describe(reference: str) -> Description:
@@ -58,6 +82,8 @@ def recipe_facts(recipe: Recipe[Stage]) -> dict[str, Any]:
 def verify(path: Path) -> tuple[int, list[str]]:
     """How many files were checked against their SHA-256, and what is wrong with them, one line each."""
     if path.is_dir():
+        if (path / STORE).is_file() and not (path / artifact.MANIFEST).exists():
+            return _verify_unfinished(path)
         manifests = _manifests(path)
         problems = [line for folder, manifest in manifests.items() for line in manifest.verify(folder)]
         # The manifests themselves were checked when they were read.
@@ -69,6 +95,13 @@ def verify(path: Path) -> tuple[int, list[str]]:
     except ArtifactError as error:
         return 1, [str(error)]
     return 1, []
+
+
+def _verify_unfinished(folder: Path) -> tuple[int, list[str]]:
+    from flowdistill.pairstore import PairStore
+
+    store = PairStore.open(folder, finished=False)
+    return 2 + len(store.committed), store.verify()
 
 
 def _manifests(path: Path) -> dict[Path, artifact.Manifest]:
@@ -90,7 +123,11 @@ def _folder(path: Path) -> Description:
         facts = {"digest": manifest.digest, **manifest.model_dump(mode="json")}
         if (path / "model.safetensors").is_file():
             facts["model"] = _tensors(path / "model.safetensors").facts
+        if (path / STORE).is_file():
+            facts["store"] = _store(path)
         return Description(path, f"finished stage '{manifest.verb}'", facts)
+    if (path / STORE).is_file():
+        return Description(path, "unfinished store of pairs", _store(path))
     if (path / STARTED).is_file():
         return Description(path, "unfinished stage", artifact.load_json(path / STARTED))
     stages = {}
@@ -100,6 +137,39 @@ def _folder(path: Path) -> Description:
     if not stages:
         raise ArtifactError(f"{path}: neither a stage's folder nor one with stages in it")
     return Description(path, f"run with {len(stages)} stages", {"stages": stages})
+
+
+def _store(folder: Path) -> dict[str, Any]:
+    """What is in a store of pairs, as far as it is made."""
+    from flowdistill.pairstore import PairStore
+
+    store = PairStore.open(folder, finished=False)
+    spec = store.spec
+    facts: dict[str, Any] = {"shards": f"{len(store.committed)} of {spec.shards}", **spec.flat()}
+    done = store.committed_indices()
+    if not len(done):
+        return facts
+    if spec.classes:
+        counts = store.column("labels", done).long().bincount(minlength=spec.classes).tolist()
+        facts["pairs of each class"] = counts
+    for name in ("distance", "error"):
+        if name in spec.columns():
+            facts[name] = _spread(store.column(name, done).double())
+    return facts
+
+
+def _spread(values: Tensor) -> dict[str, Any]:
+    """Quantiles and a histogram of numbers [n]."""
+    import torch
+
+    low, high = float(values.min()), float(values.max())
+    edges = torch.linspace(low, high, _BINS + 1).tolist()
+    counts = torch.histc(values, _BINS, low, high).long().tolist() if high > low else [len(values)]
+    ranks = values.sort().values
+    quantiles = {f"p{q:02d}": float(ranks[int(q / 100 * (len(ranks) - 1))]) for q in (5, 50, 95)}
+    return {"mean": float(values.mean()), **quantiles, "least": low, "most": high} | {
+        "histogram": {"edges": edges, "counts": counts}
+    }
 
 
 def _json(path: Path) -> Description:

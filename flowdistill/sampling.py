@@ -69,7 +69,8 @@ def scheduled(path: Path, model: Model, solver: str | None, evaluations: int | N
             f"{path}: made for another model ({made_for[:12]}…, this one is {model.digest[:12]}…)\n"
             "make one for this model with `flowdistill boss`, or add --force to use it all the same"
         )
-    for option, asked, found in (("solver", solver, rule.solver.name), ("nfe", evaluations, rule.nfe)):
+    asked_for = None if solver is None else find_solver(solver).name
+    for option, asked, found in (("solver", asked_for, rule.solver.name), ("nfe", evaluations, rule.nfe)):
         if asked is not None and asked != found:
             raise UsageError(f"--{option} {asked}: {path} is for --{option} {found}; leave one of them out")
     return rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ class Calls:
 
 
 @contextmanager
-def watched(fail_at: int | None = None, code: int = 0) -> Iterator[Calls]:
-    """Record the calls; call number `fail_at` (from 0) fails with errno `code`.
+def watched(fail_at: int | None = None, code: int = 0, more: Sequence[str] = ()) -> Iterator[Calls]:
+    """Record the calls, and `more`; call number `fail_at` (from 0) fails with errno `code`.
 
     A write that fails has written half, a close that fails has closed.
     """
@@ -51,7 +51,7 @@ def watched(fail_at: int | None = None, code: int = 0) -> Iterator[Calls]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
+        for name in (*CALLS, *more):
             patch.setattr(os, name, wrap(name, getattr(os, name)))
         yield calls
 

@@ -55,7 +55,7 @@ def application() -> typer.Typer:
         },
     )
     app.callback(invoke_without_command=True)(_root)
-    _add(app, working.run, looking.status)
+    _add(app, working.run, looking.status, looking.plan)
     for verb, about in stage_verbs().items():
         command = working.OWN_COMMANDS.get(verb) or working.stage_command(verb)
         _add_one(app, verb, f"{about}\n\n{cleandoc(command.__doc__ or '')}", command)

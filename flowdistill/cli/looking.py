@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from flowdistill.boundary import Invocation
 from flowdistill.cli import options
-from flowdistill.cli.options import Json, Out, Overrides, Recipe, Seed, Shipped, Verbose
+from flowdistill.cli.options import Device, Json, Out, Overrides, Quiet, Recipe, Seed, Shipped, Verbose
 from flowdistill.errors import ArtifactError, UsageError
 
 
@@ -55,22 +56,28 @@ def inspect(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="a file or folder, or builtin:NAME", show_default=False)
     ],
+    grid: Annotated[
+        Path | None, typer.Option("--grid", metavar="FILE", help="of pairs: write a PNG of some of them")
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Say what a file or folder is, and where it came from.
 
     Reads models, pairs, schedules, evaluations, samples, checkpoints, recipes, and folders of stages and
-    runs; does not check their contents (see `flowdistill verify`) and writes nothing.
+    runs; does not check their contents (see `flowdistill verify`) and writes nothing but the file of --grid.
 
     \b
     Examples:
       flowdistill inspect builtin:shapes
-      flowdistill inspect runs/quickstart/reflow
+      flowdistill inspect runs/quickstart/pairs --grid pairs.png
     """
     from flowdistill import console, inspection
+    from flowdistill.durable import atomic_write
 
     found = inspection.describe(path)
+    if grid is not None:
+        atomic_write(grid, inspection.grid(found.path))
     if as_json:
         options.print_json({"path": str(found.path), "kind": found.kind, **found.facts})
     else:
@@ -78,31 +85,48 @@ def inspect(
 
 
 def verify(
+    context: typer.Context,
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="a file, or a folder of a stage or run", show_default=False)
     ],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="of pairs: make what is damaged again, bit for bit")
+    ] = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Check that an artifact is what its maker wrote, byte for byte.
 
-    Reads all files of a stage, of every stage of a run, or one file, and compares their SHA-256; writes
-    nothing.
+    Reads all files of a stage, of every stage of a run, or one file, and compares their SHA-256. Writes
+    nothing; with --repair those files of a stage's pairs that are damaged or missing, and no others.
 
     \b
     Examples:
       flowdistill verify runs/quickstart
-      flowdistill verify runs/quickstart/reflow/model.safetensors
+      flowdistill verify runs/quickstart/pairs --repair
     """
     from flowdistill import console, inspection
 
+    repaired = _repair(context.obj, path, quiet) if repair else []
     files, problems = inspection.verify(path)
     if as_json:
-        options.print_json({"path": str(path), "files": files, "problems": problems})
+        document = {"path": str(path), "files": files, "problems": problems}
+        options.print_json({**document, "repaired": repaired} if repair else document)
     if problems:
         raise ArtifactError("\n".join(problems))
     if not as_json:
-        console.lines(f"{path}: {files} {'file' if files == 1 else 'files'}, as written")
+        again = [f"made again: {name}" for name in repaired] or (["nothing was damaged"] if repair else [])
+        console.lines(f"{path}: {files} {'file' if files == 1 else 'files'}, as written", *again)
+
+
+def _repair(invocation: Invocation, path: Path, quiet: bool) -> list[str]:
+    from flowdistill import console, repairing
+    from flowdistill.work import Stop
+
+    invocation.stop = stop = Stop()
+    with console.progress(quiet) as show:
+        return repairing.repair(path, console.reporter("repair", show), stop)
 
 
 def validate(
@@ -140,6 +164,37 @@ def schema(verbose: Verbose = False) -> None:
     from flowdistill import recipe, stages
 
     options.print_json(recipe.json_schema(stages.verbs()))
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a recipe will cost before it is spent: pairs per second, hours, GB, memory.
+
+    Reads the recipe and its inputs, and runs a few batches of each stage whose cost can be measured, on this
+    device and in one process; writes nothing.
+
+    \b
+    Examples:
+      flowdistill plan quickstart
+      flowdistill plan recipe.yaml -s pairs.count=1000000
+    """
+    from flowdistill import console, hardware, planning
+
+    pipeline = options.open_recipe(recipe, overrides, seed, out)
+    with console.progress(quiet) as show:
+        found = planning.plan(pipeline, hardware.resolve(device), show)
+    if as_json:
+        options.print_json(asdict(found))
+    else:
+        console.plan(found)
 
 
 def doctor(

@@ -244,7 +244,7 @@ def sample(
     count: Annotated[int, typer.Option("--count", min=1, metavar="N", help="number of samples")] = 64,
     solver: Annotated[
         str | None,
-        typer.Option("--solver", metavar="NAME", help="euler (if left out), heun, midpoint or rk4"),
+        typer.Option("--solver", metavar="NAME", help="euler (if left out), heun, midpoint (rf-solver), rk4"),
     ] = None,
     schedule: Annotated[
         Path | None,

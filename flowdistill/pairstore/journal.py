@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from flowdistill import artifact
@@ -26,7 +26,7 @@ class Committed:
     sha256: str
 
     def line(self) -> bytes:
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        text = json.dumps(vars(self), sort_keys=True, separators=(",", ":")).encode()
         return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
@@ -44,6 +44,7 @@ class Journal:
         self.left = dict.fromkeys(range(spec.shards))
         """The shards that do not count yet, in order."""
         self._read_bytes = 0
+        self._in_order = True
         self._file = (0, 0, 0)
         """Device, inode and length of the file as it was last read."""
 
@@ -74,24 +75,31 @@ class Journal:
 
     def put_in_order(self) -> None:
         """Give a complete journal the one form that all ways of making it lead to."""
+        if self._in_order and self._file[2] == self._read_bytes:
+            return
         ordered = b"".join(self.committed[shard].line() for shard in sorted(self.committed))
         if _content(self.path) != ordered:
             artifact.atomic_write(self.path, ordered)
 
-    def mend(self) -> None:
-        """Drop damaged lines; their shards have to be made again."""
-        data = _content(self.path)
-        lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
-        whole = b"".join(line + b"\n" for line in lines if _parse(line, self.spec) is not None)
-        if whole != data:
+    def whole_lines(self) -> dict[int, Committed]:
+        """What the lines say that are not damaged."""
+        parsed = (_parse(line, self.spec) for line in _content(self.path).split(b"\n"))
+        return {entry.shard: entry for entry in parsed if entry is not None}
+
+    def mend(self) -> bool:
+        """Drop damaged lines, whose shards have to be made again; whether there were any."""
+        whole = b"".join(entry.line() for entry in self.whole_lines().values())
+        if damaged := whole != _content(self.path):
             artifact.atomic_write(self.path, whole)
+        return damaged
 
     def _forget(self) -> None:
         self.committed = {}
         self.left = dict.fromkeys(range(self.spec.shards))
-        self._read_bytes, self._file = 0, (0, 0, 0)
+        self._read_bytes, self._file, self._in_order = 0, (0, 0, 0), True
 
     def _note(self, entry: Committed) -> None:
+        self._in_order = self._in_order and entry.shard == len(self.committed)
         self.committed[entry.shard] = entry
         self.left.pop(entry.shard, None)
 

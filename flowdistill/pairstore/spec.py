@@ -20,6 +20,7 @@ from flowdistill.errors import ArtifactError, Diverged, UsageError
 STORE = "store.json"
 SHARDS = "shards"
 
+_ROWS = 64
 _BYTES_A_SHARD = 800
 """Of a shard's header and its line in the journal."""
 
@@ -132,16 +133,6 @@ class Block:
     record: Tensor | None = None
     """[B, 32] uint8: state and increment of the PCG64 that drew eps."""
 
-    @classmethod
-    def joined(cls, blocks: Sequence[Block]) -> Block:
-        """One block of several, in order."""
-        columns = {
-            name: torch.cat([getattr(block, name) for block in blocks])
-            for name, first in vars(blocks[0]).items()
-            if first is not None
-        }
-        return cls(**columns)
-
 
 def read_spec(folder: Path) -> PairSpec:
     """The spec of a store.
@@ -180,35 +171,69 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / shard_name(shard)
 
 
-def encode(spec: PairSpec, shard: int, block: Block) -> dict[str, Tensor]:
-    """The tensors of a shard's file.
+def encode(spec: PairSpec, shard: int, blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """The tensors of a shard's file, from blocks that follow each other.
 
     Raises:
-        Diverged: x0 is not finite.
+        Diverged: x0 is not finite, or too large for its type.
         UsageError: a label is not one of the classes.
     """
-    given = {name: getattr(block, name) for name in ("x0", "labels", "error", "nfe", "record", "eps")}
-    tensors = {name: tensor.detach().cpu() for name, tensor in given.items() if tensor is not None}
     columns, size = spec.columns(), len(spec.indices(shard))
-    wanted = {"eps": ("float32", spec.shape), **columns}
-    expected = {name: (size, *shape) for name, (_, shape) in wanted.items() if name != "distance"}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors = {
+        name: torch.empty(size, *shape, dtype=getattr(torch, dtype))
+        for name, (dtype, shape) in columns.items()
+    }
+    first = 0
+    for block in blocks:
+        _check(spec, shard, block)
+        rows = slice(first, first + len(block.x0))
+        first = rows.stop
+        if first <= size:
+            _put(tensors, rows, block)
+    if first != size:
+        raise ValueError(f"shard {shard}: {first} pairs, expected {size}")
+    if not _finite(tensors["x0"]):
+        raise Diverged(
+            f"shard {shard}: x0 is too large for {spec.dtype}, nothing was written; store it as float32"
+        )
+    return tensors
+
+
+def _check(spec: PairSpec, shard: int, block: Block) -> None:
+    wanted = {"eps": ("float32", spec.shape), **spec.columns()}
+    expected = {name: (len(block.x0), *shape) for name, (_, shape) in wanted.items() if name != "distance"}
+    found = {name: tuple(column.shape) for name, column in vars(block).items() if column is not None}
     if found != expected:
         raise ValueError(f"shard {shard}: found {found}, expected {expected}")
-    if not all(math.isfinite(extreme) for extreme in tensors["x0"].aminmax()):
+    if not _finite(block.x0):
         raise Diverged(f"shard {shard}: x0 holds values that are not finite, nothing was written")
-    if (
-        block.labels is not None
-        and not 0 <= int(block.labels.min()) <= int(block.labels.max()) < spec.classes
-    ):
-        span = f"{int(block.labels.min())}..{int(block.labels.max())}"
+    labels = block.labels
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < spec.classes:
+        span = f"{int(labels.min())}..{int(labels.max())}"
         raise UsageError(f"shard {shard}: labels {span}, expected 0..{spec.classes - 1}")
-    if spec.dtype == "uint8":
-        tensors["x0"] = tensors["x0"].float().add(1).mul(127.5).round().clamp(0, 255)
-    eps = tensors["eps"]
-    kept = {name: tensors[name].to(getattr(torch, columns[name][0])) for name in columns if name in tensors}
-    kept["distance"] = rms(eps, decode(kept["x0"]))
-    return kept
+
+
+def _put(tensors: dict[str, Tensor], rows: slice, block: Block) -> None:
+    """Fill in the rows of a block, few at a time: what is at work then stays in the processor's cache."""
+    for name, column in vars(block).items():
+        if name in tensors and name != "x0":
+            tensors[name][rows] = column
+    kept, distance = tensors["x0"][rows], tensors["distance"][rows]
+    x0, eps = block.x0.detach().cpu(), block.eps.detach().cpu()
+    for first in range(0, len(x0), _ROWS):
+        part = slice(first, first + _ROWS)
+        values = x0[part]
+        if kept.dtype == torch.uint8:
+            values = values.float().add(1).mul_(127.5).round_().clamp_(0, 255)
+            # torch's own conversion to bytes takes twice as long.
+            np.copyto(kept[part].numpy(), values.numpy(), casting="unsafe")
+        else:
+            kept[part] = values
+        distance[part] = rms(eps[part], decode(kept[part]))
+
+
+def _finite(values: Tensor) -> bool:
+    return all(math.isfinite(extreme) for extreme in values.aminmax())
 
 
 def decode(x0: Tensor) -> Tensor:
@@ -224,6 +249,6 @@ def tensor(column: NDArray[Any], dtype: str) -> Tensor:
 
 def rms(a: Tensor, b: Tensor) -> Tensor:
     """||a - b|| / sqrt(d) of each pair [B], float32; summed in float64, so that no order of adding shows."""
-    difference = (a.double() - b.double()).flatten(1)
-    norm: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    difference = (a.float() - b.float()).flatten(1)
+    norm: Tensor = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
     return (norm / math.sqrt(difference.shape[1])).float()

@@ -29,15 +29,16 @@ class PairStore:
     def __init__(self, folder: Path, spec: PairSpec, committed: Mapping[int, Committed]) -> None:
         self.folder = folder
         self.spec = spec
-        self._committed = committed
+        self.committed = committed
+        """The shards that are there, by number."""
         self._layouts: dict[int, dict[str, Entry]] = {}
         self._mapped: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
         # Each mapping holds a file descriptor; the others are left to the rest of the program.
         self._mapped_at_most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     @classmethod
-    def open(cls, folder: Path | str) -> PairStore:
-        """Open a store without reading its shards.
+    def open(cls, folder: Path | str, finished: bool = True) -> PairStore:
+        """Open a store without reading its shards; one that need not be `finished`, with what is there.
 
         Raises:
             MissingInput: there is no store here.
@@ -47,7 +48,7 @@ class PairStore:
         spec = read_spec(folder)
         journal = Journal(folder, spec)
         journal.refresh()
-        if journal.left:
+        if finished and journal.left:
             raise ArtifactError(
                 f"{folder}: incomplete, {len(journal.committed)} of {spec.shards} shards are there\n"
                 "run the command that makes these pairs again, it continues"
@@ -56,6 +57,11 @@ class PairStore:
 
     def __len__(self) -> int:
         return self.spec.count
+
+    def committed_indices(self) -> Tensor:
+        """Indices of the pairs that are there, [n] int64; all of them in a finished store."""
+        ranges = (self.spec.indices(shard) for shard in sorted(self.committed))
+        return torch.cat([torch.arange(0), *(torch.arange(each.start, each.stop) for each in ranges)])
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """eps, x0 [B, *shape] float32, labels [B] int64 or None, of the pairs with these indices.
@@ -88,7 +94,7 @@ class PairStore:
         """Every shard that is missing, unreadable or altered, one line each."""
         return [
             line
-            for number, entry in sorted(self._committed.items())
+            for number, entry in sorted(self.committed.items())
             for line in artifact.differs(self.folder, shard_name(number), entry.sha256)
         ]
 
@@ -127,7 +133,7 @@ class PairStore:
     def _map(self, shard: int) -> dict[str, NDArray[Any]]:
         path = shard_path(self.folder, shard)
         with artifact.opened(path) as file:
-            if os.fstat(file.fileno()).st_size != self._committed[shard].size_bytes:
+            if os.fstat(file.fileno()).st_size != self.committed[shard].size_bytes:
                 raise artifact.corrupt(path, "its size changed after it was checked")
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
@@ -141,7 +147,7 @@ class PairStore:
 
     def _checked_layout(self, shard: int) -> dict[str, Entry]:
         path = shard_path(self.folder, shard)
-        if artifact.sha256(path) != self._committed[shard].sha256:
+        if artifact.sha256(path) != self.committed[shard].sha256:
             raise artifact.corrupt(
                 path,
                 "its SHA-256 does not match the journal",

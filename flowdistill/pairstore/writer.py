@@ -110,21 +110,21 @@ class PairWriter:
                 idle()
                 time.sleep(_POLL_S)
 
-    def commit(self, shard: int, block: Block) -> None:
-        """Store the pairs `spec.indices(shard)`.
+    def commit(self, shard: int, *blocks: Block) -> None:
+        """Store the pairs `spec.indices(shard)`, in blocks that follow each other.
 
         When this returns, the shard survives a power cut; when it raises, all that were committed before
         still do.
 
         Raises:
-            Diverged: x0 is not finite.
+            Diverged: x0 is not finite, or too large for its type.
             UsageError: a label is not one of the classes.
             ResourceError: the disk is full or fails.
         """
         indices = self.spec.indices(shard)
         if not self._is_missing(shard):
             raise ValueError(f"shard {shard} is committed already")
-        tensors = encode(self.spec, shard, block)
+        tensors = encode(self.spec, shard, blocks)
         header = {"kind": "pairs", "shard": shard, "first": indices.start, "store": self.spec.digest}
         path = shard_path(self.folder, shard)
         sha = artifact.save_tensors(path, tensors, header)
@@ -156,28 +156,42 @@ class PairWriter:
                 self._journal.put_in_order()
 
 
-def mend(folder: Path, spec: PairSpec) -> list[int]:
-    """Remove what is damaged of a store, and return the numbers of the shards that have to be made again.
+def mend(folder: Path, spec: PairSpec) -> list[str]:
+    """Put right or remove what is damaged of a store, and return the names of those files.
 
-    Nobody else may be at work on it.
+    The shards among them have to be made again. Nobody else may be at work on it. Raises `UsageError` where
+    the shards that are whole are not of this spec.
     """
+    whole, damaged = _sorted_out(folder, spec)
+    for shard in whole[:1]:
+        if artifact.read_header(shard_path(folder, shard)).get("store") != spec.digest:
+            raise UsageError(
+                f"{folder}: its shards were made from other settings or inputs than it would be made from now"
+            )
+    names = []
     try:
         there = (folder / STORE).exists() and refuse_others(folder, spec)
     except ArtifactError:
         there = False
     if not there:
         write_spec(folder, spec)
-    journal = Journal(folder, spec)
-    journal.mend()
-    journal.refresh()
-    for shard, entry in journal.committed.items():
-        if artifact.differs(folder, shard_name(shard), entry.sha256):
-            shard_path(folder, shard).unlink(missing_ok=True)
-    return [
+        names.append(STORE)
+    if Journal(folder, spec).mend():
+        names.append(JOURNAL)
+    for shard in damaged:
+        shard_path(folder, shard).unlink(missing_ok=True)
+    return [*names, *map(shard_name, damaged)]
+
+
+def _sorted_out(folder: Path, spec: PairSpec) -> tuple[list[int], list[int]]:
+    """Shards that are as the journal has them, and those that are not."""
+    committed = Journal(folder, spec).whole_lines()
+    whole = [
         shard
-        for shard in range(spec.shards)
-        if shard not in journal.committed or not _is_there(folder, journal.committed[shard])
+        for shard, entry in committed.items()
+        if not artifact.differs(folder, shard_name(shard), entry.sha256)
     ]
+    return whole, sorted(set(range(spec.shards)).difference(whole))
 
 
 def refuse_others(folder: Path, spec: PairSpec) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from flowdistill.errors import UsageError
 from flowdistill.recipe import Settings, StageSettings
 from flowdistill.work import Cost, Done, Figures, Work
 
@@ -45,6 +46,13 @@ class Stage(StageSettings):
     def plan(self, work: Work) -> Cost | None:
         """What the stage will take, measured on a little of it; None where that is not known."""
         return None
+
+    def mend(self, work: Work) -> list[str]:
+        """Remove what is damaged in the folder, for `run` to make again bit for bit; returns its names."""
+        raise UsageError(
+            f"{work.folder}: a stage '{self.verb}' is not made in parts that could be repaired\n"
+            f"make it anew: flowdistill {self.verb} RECIPE --fresh"
+        )
 
 
 class Optimizer(Settings):

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flowdistill.errors import UsageError
+from flowdistill.errors import FlowdistillError, UsageError
 from flowdistill.grids import Grid, schedule
 from flowdistill.guidance import Guidance
 from flowdistill.recipe import Reference
@@ -131,7 +132,7 @@ class Pairs(Stage):
         with PairWriter(work.folder, maker.spec) as writer:
             before = writer.committed_pairs
             for shard in writer.claims(idle=work.stop.check):
-                writer.commit(shard, maker.shard(shard, writer))
+                writer.commit(shard, *maker.shard(shard, writer))
             made, files = writer.committed_pairs - before, writer.files()
         seconds = time.monotonic() - started
         figures = {
@@ -154,6 +155,17 @@ class Pairs(Stage):
         if self.check:
             files[CHECK] = ""
         return Done(tuple(files), figures, _DTYPES[self.precision], {k: v for k, v in files.items() if v})
+
+    def mend(self, work: Work) -> list[str]:
+        from flowdistill import artifact
+        from flowdistill.pairstore import mend
+
+        names = mend(work.folder, self.maker(work).spec)
+        with suppress(FlowdistillError):
+            artifact.load_tensors(work.folder / CHECK)
+            return names
+        (work.folder / CHECK).unlink(missing_ok=True)
+        return [*names, CHECK] if self.check else names
 
     def maker(self, work: Work) -> Maker:
         """Everything that a pair depends on."""
@@ -178,8 +190,9 @@ class Pairs(Stage):
         guidance = model.card.guidance
         own = {"steps", "schedule"} if self.solver != "rk45" else {"rtol", "atol"}
         settings = self.model_dump(
-            mode="json", include={"source", "solver", "classes", "precision", "batch_size"} | own
+            mode="json", include={"source", "classes", "precision", "batch_size"} | own
         )
+        settings["solver"] = SOLVERS[self.solver].name if self.solver != "rk45" else self.solver
         inputs = {
             key: work.parents.get(str(work.inputs[key])) for key in ("data", "labels") if work.inputs.get(key)
         }
@@ -284,15 +297,15 @@ class Maker:
     data: Samples | None
     chosen: Sequence[int] | None
 
-    def shard(self, shard: int, writer: PairWriter) -> Block:
-        """The pairs of a shard."""
+    def shard(self, shard: int, writer: PairWriter) -> list[Block]:
+        """The pairs of a shard, by batches."""
         parts: list[Block] = []
         for indices in batches(self.spec.indices(shard), self.stage.batch_size):
             self.work.stop.check()
             parts.append(self.block(indices))
             done = writer.committed_pairs + sum(len(part.x0) for part in parts)
             self.work.report(Progress(min(done, self.spec.count), self.spec.count, "pair"))
-        return type(parts[0]).joined(parts)
+        return parts
 
     def block(self, indices: range) -> Block:
         """The pairs of one batch, on the CPU."""
