@@ -102,6 +102,8 @@ def guard(action: Callable[[], int], invocation: Invocation) -> int:
     except BaseException as error:
         cut_short = invocation.signum and invocation.stop is None  # whatever an import made of it
         if cut_short or isinstance(error, Interrupted | _Stopped):
+            if isinstance(error, Interrupted):  # the signal may have reached a launcher's handler, not ours
+                invocation.signum = error.signum
             tell(invocation.farewell())
             return 128 + invocation.signum
         message, code = describe(error)

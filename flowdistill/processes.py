@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 from flowdistill.errors import FlowdistillError, Interrupted, UsageError
 
 _RESTARTS = 3
 """So often are all processes started again after one was killed."""
+_ROLL_CALL = timedelta(minutes=5)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -36,20 +38,25 @@ class World:
     size: int = 1
 
 
+def launched() -> int:
+    """How many processes torchrun, accelerate or another launcher has started; 1 where there is none."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world that torchrun, accelerate or another launcher has set up; of one process where there is none.
+    """The world that a launcher has set up, once all are there; of one process where there is none.
 
     Raises `UsageError` where fewer processes came up than were asked for.
     """
-    asked = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    asked = launched()
     if asked == 1:
         yield World()
         return
     from accelerate import PartialState
 
     # gloo on GPUs too: nothing but the roll is called, and it does not mind a process that dies.
-    state = PartialState(cpu=device == "cpu", backend="gloo")
+    state = PartialState(cpu=device == "cpu", backend="gloo", timeout=_ROLL_CALL)
     try:
         if state.num_processes != asked:
             raise UsageError(

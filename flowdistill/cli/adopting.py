@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="the checkpoint", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="a checkpoint, or a folder of pairs", show_default=False)
+    ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DEST", help="the model file to write, .safetensors", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DEST", help="a model file, .safetensors; of pairs a folder", show_default=False
+        ),
     ],
     preset: Annotated[
         str | None,
@@ -32,22 +38,40 @@ def import_(
         str | None,
         typer.Option("--weights", metavar="KIND", help="ema or model; ema where the file has one"),
     ] = None,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="of pairs: take noise for data and data for noise")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="of pairs: take noise that is not N(0, 1)")] = False,
+    classes: Annotated[
+        int | None,
+        typer.Option("--classes", min=0, metavar="N", help="of pairs: left out, as many as the labels need"),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make a model file of a foreign checkpoint; nothing in it is executed.
+    """Make a model file of a foreign checkpoint, or a store of foreign pairs; nothing in them is executed.
 
     Reads EDM's pickles, checkpoints of RectifiedFlow, SlimFlow, rf++, SiT, DiT, LFM and torchcfm, and
     safetensors; checks every tensor against the network that it is to be; writes DEST, which must not be
     there. What a checkpoint does not say of itself is given by --preset or --card (docs/teachers.md).
+    Reads pairs of rf++ (samples.zip, z.zip), RectifiedFlow and SlimFlow (z0.npy, z1.npy) and FastGen
+    (.latent.pth, .noise.pth); checks which of the two is the noise (docs/pairs.md).
 
     \b
     Examples:
       flowdistill import edm-cifar10-32x32-uncond-vp.pkl edm.safetensors
       flowdistill import checkpoint_8.pth rf.safetensors --preset rf-cifar10
+      flowdistill import cifar10-rfpp runs/pairs/cifar10
     """
-    from flowdistill import console, importing
+    from flowdistill import console, exchange, importing
 
+    if exchange.recognise(source):
+        of_models = {"--preset": preset, "--card": card, "--weights": weights}
+        _refuse_options(of_models, f"{source} holds pairs")
+        _import_pairs(source, destination, swap=swap, force=force, classes=classes, as_json=as_json)
+        return
+    of_pairs = {"--swap": swap or None, "--force": force or None, "--classes": classes}
+    _refuse_options(of_pairs, f"{source} holds no pairs")
     kind = options.one_of("--weights", weights, ("ema", "model"))
     made = importing.convert(
         source,
@@ -67,6 +91,60 @@ def import_(
         return
     console.facts(f"{made.path}: {facts['source']['family']}, {made.parameters:,} parameters", facts)
     console.lines(f"next: flowdistill probe {made.path}")
+
+
+def _refuse_options(given: Mapping[str, object], because: str) -> None:
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)}: not here, since {because}")
+
+
+def _import_pairs(
+    source: Path, folder: Path, *, swap: bool, force: bool, classes: int | None, as_json: bool
+) -> None:
+    from flowdistill import console, exchange
+
+    made = exchange.import_pairs(source, folder, swap=swap, force=force, classes=classes)
+    if as_json:
+        facts = made.spec.model_dump(mode="json")
+        options.print_json({"path": str(folder), "format": made.format, "notes": made.notes, **facts})
+        return
+    console.facts(f"{folder}: {made.spec.count} pairs of {made.format}", made.spec.flat())
+    console.lines(f"next: flowdistill inspect {folder} --grid pairs.png", *made.notes)
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="folder of a store of pairs", show_default=False)
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="a new folder", show_default=False)],
+    form: Annotated[
+        str,
+        typer.Option("--as", metavar="FORMAT", help="rfpp (rf++) or npy (RectifiedFlow, SlimFlow)"),
+    ],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write pairs as another toolkit keeps them.
+
+    Reads a finished store of pairs and writes the folder DEST, which must not be there: for rf++ samples.zip,
+    z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy.
+
+    \b
+    Examples:
+      flowdistill export runs/recipe/pairs z-pairs --as npy
+      flowdistill export runs/recipe/pairs rfpp-pairs --as rfpp --json
+    """
+    from flowdistill import console, exchange
+    from flowdistill.pairstore import PairStore
+
+    chosen = cast("Literal['rfpp', 'npy']", options.one_of("--as", form, ("rfpp", "npy")))
+    store = PairStore.open(source)
+    files = exchange.export_pairs(store, destination, chosen)
+    if as_json:
+        options.print_json({"path": str(destination), "format": form, "files": list(map(str, files))})
+    else:
+        console.lines(f"{destination}: {len(store)} pairs as {form}", *files)
 
 
 def probe(

@@ -334,26 +334,25 @@ def _work(
         arguments = [pipeline.stages[name].verb, *again, "--stage", name, "--only"]
         processes.launch(arguments, procs, tell)
 
-    with processes.joined(chosen) as world:
-        if world.size > 1:
-            _check_shareable(pipeline, target, fresh or procs > 1)
-        with console.progress(quiet or world.rank > 0) as show:
+    if processes.launched() > 1:
+        _check_shareable(pipeline, target, fresh or procs > 1)
+    with processes.joined(chosen) as world, console.progress(quiet or world.rank > 0) as show:
 
-            def observe(event: Event) -> None:
-                if isinstance(event, Finished):
-                    finished.append(event)
-                if procs == 1 or not pipeline.stages[event.stage].shared:  # else the first process shows it
-                    show(event)
+        def observe(event: Event) -> None:
+            if isinstance(event, Finished):
+                finished.append(event)
+            if procs == 1 or not pipeline.stages[event.stage].shared:  # else the first process shows it
+                show(event)
 
-            pipeline.run(
-                target,
-                only=only,
-                fresh=fresh,
-                device=chosen,
-                observe=observe,
-                stop=stop,
-                parallel=in_processes if procs > 1 else None,
-            )
+        pipeline.run(
+            target,
+            only=only,
+            fresh=fresh,
+            device=chosen,
+            observe=observe,
+            stop=stop,
+            parallel=in_processes if procs > 1 else None,
+        )
     if world.rank:
         return
     if as_json:

@@ -196,6 +196,8 @@ def _sorted_out(folder: Path, spec: PairSpec) -> tuple[list[int], list[int]]:
 
 def refuse_others(folder: Path, spec: PairSpec) -> bool:
     """Whether the folder is a store of this spec already; UsageError where it is anything else."""
+    # In this order: another writer may be at it, and makes a store's spec first.
+    holds_pairs = (folder / JOURNAL).exists() or (folder / SHARDS).exists()
     if (folder / STORE).exists():
         found, asked = read_spec(folder).flat(), spec.flat()
         keys = sorted(key for key in found | asked if found.get(key) != asked.get(key))
@@ -206,7 +208,7 @@ def refuse_others(folder: Path, spec: PairSpec) -> bool:
                 "restore these settings, or write to another folder; nothing was changed"
             )
         return True
-    if (folder / JOURNAL).exists() or (folder / SHARDS).exists():
+    if holds_pairs:
         raise UsageError(
             f"{folder}: holds something else ({STORE} is missing), nothing was changed\n"
             "remove the folder, or write to another one"
