@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
 from flowdistill.durable import (
+    CLAIMS,
     UNSEALED,
     append,
     atomic_write,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "CLAIMS",
     "FORMAT",
     "MANIFEST",
     "Entry",

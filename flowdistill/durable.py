@@ -23,6 +23,8 @@ from flowdistill.errors import FlowdistillError, ResourceError, UsageError
 
 _SWEEP_S = 10.0
 """Others may hold a folder alone for as long as it takes to sweep it."""
+CLAIMS = ".claims"
+"""Folder, within one that is joined, of what its holders have claimed."""
 UNSEALED = "0" * 64
 """In the place of a seal while it is computed."""
 
@@ -99,12 +101,12 @@ def create_folder(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the unfinished files of dead writers.
+    """Remove the unfinished files of dead writers, here and in the folders below.
 
     Call it while holding `lock(folder)`: only then is every unfinished file known to be abandoned.
     """
     with _writing(folder):
-        for temporary in folder.glob(".*.tmp"):
+        for temporary in folder.rglob(".*.tmp"):
             temporary.unlink(missing_ok=True)
 
 
@@ -130,37 +132,34 @@ def lock(folder: Path, shared: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def joined(folder: Path, unfinished: Sequence[Path], scratch: Path) -> Iterator[None]:
+def joined(folder: Path) -> Iterator[None]:
     """Hold the folder together with all others that have joined it, against those who `lock` it.
 
-    Whoever is alone with it, at the beginning or at the end, removes the folder `scratch` and what killed
-    writers left in the folders `unfinished`.
+    Whoever is alone with it, at the beginning or at the end, removes what killed writers left in it.
     """
     path = folder / ".lock"
     with _writing(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _sweep_alone(file, unfinished, scratch)
+        _sweep_alone(file, folder)
         _acquire(file, path, fcntl.LOCK_SH, patience_s=_SWEEP_S)
         try:
             yield
         finally:
-            _sweep_alone(file, unfinished, scratch)
+            _sweep_alone(file, folder)
     finally:
         with suppress(OSError):
             os.close(file)
 
 
-def _sweep_alone(file: int, folders: Sequence[Path], scratch: Path) -> None:
+def _sweep_alone(file: int, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return
-    with suppress(OSError):  # here and below, the next one may succeed
-        shutil.rmtree(scratch, ignore_errors=True)
-    for folder in folders:
-        with suppress(FlowdistillError):
-            sweep(folder)
+    with suppress(OSError, FlowdistillError):  # the next one may succeed
+        shutil.rmtree(folder / CLAIMS, ignore_errors=True)
+        sweep(folder)
 
 
 @contextmanager
@@ -170,6 +169,7 @@ def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
     The kernel lets go of the claims of a process that ends in whatever way, also on another machine that
     shares the file system. Whoever gives a claim back removes its file.
     """
+    create_folder(path.parent)
     file = _claim(path, wait)
     try:
         yield file is not None

@@ -17,7 +17,7 @@ class Edm(Settings):
     name: Literal["edm"] = "edm"
     sigma_min: float = Field(0.002, gt=0, description="the last noise level but 0, sigma = t / (1 - t)")
     sigma_max: float = Field(80.0, gt=0, description="the first noise level; it stands for t = 1")
-    rho: float = Field(7.0, gt=0)
+    rho: float = Field(7.0, ge=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> Edm:

@@ -174,12 +174,12 @@ def _spread(values: Tensor) -> dict[str, Any]:
 
 def _json(path: Path) -> Description:
     content = artifact.load_json(path)
+    if path.name == STARTED:
+        return Description(path, "what a stage is made from", content)
     if "verb" in content:
         return Description(path, f"manifest of a finished stage '{content['verb']}'", content)
     if "times" in content:
         return Description(path, f"schedule of {len(content['times']) - 1} steps", content)
-    if path.name == STARTED:
-        return Description(path, "what an unfinished stage is made from", content)
     kind = content.pop("kind", "JSON of flowdistill")
     return Description(path, str(kind), content)
 

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowdistill import artifact, teachers
-from flowdistill.errors import MissingInput, RecipeError, UsageError, unknown
+from flowdistill.errors import (
+    FlowdistillError,
+    Interrupted,
+    MissingInput,
+    RecipeError,
+    UsageError,
+    unknown,
+)
 from flowdistill.recipe import Recipe, Reference
 from flowdistill.references import references
 from flowdistill.stages import Stage
@@ -184,9 +191,6 @@ class Pipeline:
     def _do(self, work: Work, parallel: Callable[[str], None] | None) -> artifact.Manifest:
         stage = self.stages[work.stage]
         started = datetime.now(UTC)
-        artifact.create_folder(work.folder)
-        if not stage.shared:
-            artifact.sweep(work.folder)
         _same_device(work.folder, work.device)
         begun = {
             "stage": work.stage,
@@ -197,18 +201,23 @@ class Pipeline:
             "seed": self.recipe.seed,
             "device": work.device,
         }
-        artifact.save_json(work.folder / STARTED, begun)
+        artifact.create_folder(work.folder)
         try:
-            if parallel is not None and stage.shared:
-                parallel(work.stage)
-            return seal(stage, work, self.recipe.seed, started)
-        finally:
+            with artifact.joined(work.folder):
+                artifact.save_json(work.folder / STARTED, begun)
+                if parallel is not None and stage.shared:
+                    parallel(work.stage)
+                return seal(stage, work, self.recipe.seed, started)
+        except Interrupted:
+            raise
+        except FlowdistillError:
             _tidy(work.folder)
+            raise
 
     def _standing(self, name: str, earlier: Mapping[str, Standing]) -> Standing:
         stage, folder = self.stages[name], self.out / name
         references = self._references(name)
-        inputs = {field: _spoken(reference) for field, reference in references.items()}
+        inputs = {field: _spoken(each) for field, each in references.items() if each is not None}
         manifest = _manifest(folder)
         if manifest is not None:
             before: Mapping[str, Any] = manifest.model_dump(include={"settings", "inputs", "seed"})
@@ -276,7 +285,7 @@ def seal(stage: Stage, work: Work, seed: int, started: datetime) -> artifact.Man
     from flowdistill import hardware
 
     done = None if _manifest(work.folder) else stage.run(work)
-    with artifact.claimed(work.folder / ".seal", wait=True):
+    with artifact.claimed(work.folder / artifact.CLAIMS / "manifest", wait=True):
         manifest = _manifest(work.folder)
         if manifest is None and done is not None:
             manifest = artifact.Manifest(
@@ -302,8 +311,8 @@ def seal(stage: Stage, work: Work, seed: int, started: datetime) -> artifact.Man
 
 def _tidy(folder: Path) -> None:
     """Leave no folder of a stage that was refused before it made anything."""
-    with suppress(OSError):
-        if {each.name for each in folder.iterdir()} <= {STARTED, ".lock", ".claims"}:
+    with suppress(OSError, UsageError), artifact.lock(folder):
+        if {each.name for each in folder.iterdir()} <= {STARTED, ".lock"}:
             shutil.rmtree(folder)
 
 

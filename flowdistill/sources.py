@@ -153,7 +153,8 @@ def _selected(store: PairStore, feed: Feed) -> Tensor | range:
     if not feed.drop_farthest:
         return torch.arange(first, end) if feed.subset else range(end)
     distance = store.column("distance", range(first, end))
-    kept = len(distance) - int(feed.drop_farthest * len(distance))
+    # The small number is for shares like 0.29 of 100, which is 29 pairs.
+    kept = max(1, len(distance) - int(feed.drop_farthest * len(distance) + 1e-9))
     # Stable, so that of equal distances the first stay.
     return first + distance.argsort(stable=True)[:kept].sort().values
 

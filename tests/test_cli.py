@@ -104,18 +104,20 @@ WORK_OPTIONS = "--device --json --out --quiet --seed --verbose -q -v"
 RECIPE_OPTIONS = f"--fresh -s {WORK_OPTIONS}"
 STAGE_OPTIONS = f"--only --stage {RECIPE_OPTIONS}"
 OPTIONS = {
-    "run": RECIPE_OPTIONS,
+    "run": f"--procs {RECIPE_OPTIONS}",
     "status": "--json --out --seed --verbose -s -v",
+    "plan": f"-s {WORK_OPTIONS}",
     "train": STAGE_OPTIONS,
-    "pairs": STAGE_OPTIONS,
+    "pairs": f"--procs {STAGE_OPTIONS}",
     "reflow": STAGE_OPTIONS,
     "boss": f"--model --nfe {STAGE_OPTIONS}",
     "eval": STAGE_OPTIONS,
     "sample": f"--count --force --labels --nfe --schedule --solver {WORK_OPTIONS}",
-    "import": "--card --json --preset --verbose --weights -v",
-    "inspect": "--json --verbose -v",
+    "import": "--card --classes --force --json --preset --swap --verbose --weights -v",
+    "export": "--as --json --verbose -v",
+    "inspect": "--grid --json --verbose -v",
     "probe": "--data --device --json --strict --verbose -v",
-    "verify": "--json --verbose -v",
+    "verify": "--json --quiet --repair --verbose -q -v",
     "validate": "--json --verbose -s -v",
     "recipes ls": "--json --verbose -v",
     "recipes show": "--verbose -v",
@@ -411,7 +413,7 @@ def test_run_ends_with_the_table_of_the_evaluation_and_all_places(there: Shell) 
         shown = f"{row['metrics']['fd@64']['value']:.3g} ["
         assert any(row["model"] in line and shown in line for line in answer.out.splitlines())
     for place in (
-        "pairs/ journal.jsonl",
+        "pairs/ check.safetensors, journal.jsonl",
         "reflow/ log.jsonl, model.safetensors",
         "boss/ boss.safetensors",
         "grid.png",
@@ -553,7 +555,7 @@ def test_a_model_made_for_one_step_is_sampled_so_and_warns_otherwise(there: Shel
         ("runs/chain/reflow", "finished stage 'reflow'"),
         ("runs/chain/reflow/model.safetensors", "model"),
         ("runs/chain/reflow/manifest.json", "manifest of a finished stage 'reflow'"),
-        ("runs/chain/reflow/started.json", "what an unfinished stage is made from"),
+        ("runs/chain/reflow/started.json", "what a stage is made from"),
         ("runs/chain/reflow/checkpoints/last.safetensors", "training checkpoint at step 4"),
         ("runs/chain/boss/schedule-nfe4.json", "schedule of 4 steps"),
         ("runs/chain/boss/boss.safetensors", "costs and paths of schedules"),

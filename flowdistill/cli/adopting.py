@@ -22,9 +22,7 @@ def import_(
     ],
     destination: Annotated[
         Path,
-        typer.Argument(
-            metavar="DEST", help="a model file, .safetensors; of pairs a folder", show_default=False
-        ),
+        typer.Argument(metavar="DEST", help="a .safetensors file; of pairs a folder", show_default=False),
     ],
     preset: Annotated[
         str | None,
@@ -59,7 +57,6 @@ def import_(
 
     \b
     Examples:
-      flowdistill import edm-cifar10-32x32-uncond-vp.pkl edm.safetensors
       flowdistill import checkpoint_8.pth rf.safetensors --preset rf-cifar10
       flowdistill import cifar10-rfpp runs/pairs/cifar10
     """

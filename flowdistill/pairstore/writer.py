@@ -25,7 +25,6 @@ from flowdistill.pairstore.spec import (
     write_spec,
 )
 
-_CLAIMS = ".claims"
 _POLL_S = 0.2
 """Between two looks at whether a shard of another process has come free."""
 
@@ -49,8 +48,7 @@ class PairWriter:
         refuse_others(folder, spec)
         artifact.create_folder(folder)
         with ExitStack() as held:
-            held.enter_context(artifact.joined(folder, (folder, folder / SHARDS), folder / _CLAIMS))
-            artifact.create_folder(folder / _CLAIMS)
+            held.enter_context(artifact.joined(folder))
             with self._exclusive():
                 if not refuse_others(folder, spec):
                     write_spec(folder, spec)
@@ -99,7 +97,7 @@ class PairWriter:
             worked = False
             for shard in missing:
                 with ExitStack() as self._mine:
-                    claim = self.folder / _CLAIMS / str(shard)
+                    claim = self.folder / artifact.CLAIMS / str(shard)
                     if self._is_missing(shard) and self._mine.enter_context(artifact.claimed(claim)):
                         self._journal.refresh()
                         if not self._is_missing(shard):  # made by another in the meantime
@@ -147,7 +145,7 @@ class PairWriter:
 
     def _exclusive(self) -> AbstractContextManager[bool]:
         """What all writers of the store do in turn."""
-        return artifact.claimed(self.folder / _CLAIMS / "journal", wait=True)
+        return artifact.claimed(self.folder / artifact.CLAIMS / "journal", wait=True)
 
     def _finish(self) -> None:
         if not (self._gone or self._journal.left):

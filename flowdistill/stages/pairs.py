@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flowdistill.errors import FlowdistillError, UsageError
+from flowdistill.errors import Diverged, FlowdistillError, UsageError
 from flowdistill.grids import Grid, schedule
 from flowdistill.guidance import Guidance
 from flowdistill.recipe import Reference
@@ -175,9 +175,9 @@ class Pairs(Stage):
         data = None
         if self.source == "data":
             named = work.inputs.get("data") or model.card.data
-            if named is None:
+            if named is None or named.startswith("analytic:"):
                 raise UsageError(
-                    f"{work.stage}.data: the model's card names no data set; name one, or a path"
+                    f"{work.stage}.data: the model's card names no data set at hand; name one, or a path"
                 )
             data = images.open_samples(named, model.card.shape)
         spec = self.spec(work, model, data)
@@ -220,9 +220,8 @@ class Pairs(Stage):
 
         if not self.check:
             return {}
-        claims, path = maker.work.folder / ".claims", maker.work.folder / CHECK
-        artifact.create_folder(claims)
-        with artifact.claimed(claims / "check", wait=True):
+        path = maker.work.folder / CHECK
+        with artifact.claimed(maker.work.folder / artifact.CLAIMS / "check", wait=True):
             if path.exists():
                 error, distance = (artifact.load_tensors(path)[0][name] for name in ("error", "distance"))
                 return _error_figures(error, distance)
@@ -234,6 +233,11 @@ class Pairs(Stage):
             return figures
 
     def _refuse_inaccurate(self, relative: float, stage: str) -> None:
+        if not math.isfinite(relative):
+            raise Diverged(
+                f"{stage}: pairs made in {self.precision} are not finite, nothing was made\n"
+                "make them in fp32 or with more steps, or look at the model with `flowdistill probe`"
+            )
         if self.tolerance is None or relative <= self.tolerance:
             return
         order = _ORDER_RK45 if self.solver == "rk45" else SOLVERS[self.solver].order
@@ -244,8 +248,8 @@ class Pairs(Stage):
             else f"about {math.ceil(self.steps * excess ** (1 / order))} steps would do"
         )
         raise UsageError(
-            f"{stage}.tolerance: the solver's error is {relative:.2%} of the distance from noise to data, "
-            f"more than {self.tolerance:.2%}; nothing was made\n{fix}, or another solver"
+            f"{stage}.tolerance: the solver's error is {relative:.3g} of the distance from noise to data, "
+            f"more than {self.tolerance:.3g}; nothing was made\n{fix}, or another solver"
         )
 
     def chosen_labels(self, work: Work, model: Model) -> list[int] | None:
@@ -436,14 +440,14 @@ def _read_labels(path: Path) -> list[int]:
     from flowdistill import artifact
 
     with artifact.opened(path) as file:
-        lines = file.read().decode(errors="replace").split()
+        lines = file.read().decode("utf-8-sig", errors="replace").rstrip().split("\n")
+    if lines == [""]:
+        raise UsageError(f"{path}: is empty, expected a label in each line")
     labels = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(map(str.strip, lines), start=1):
         if not line.isascii() or not line.isdecimal() or len(line) > 9:
             raise UsageError(f"{path}:{number}: expected a label, a whole number, found {line[:40]!r}")
         labels.append(int(line))
-    if not labels:
-        raise UsageError(f"{path}: is empty, expected a label in each line")
     return labels
 
 
