@@ -480,7 +480,9 @@ def test_guidance_is_applied_as_its_formula_says(
         return null + scale * (conditional - null) if low <= t <= high else conditional
 
     torch.testing.assert_close(x0, walked(euler, guided, eps, uniform(4).times), atol=2e-5, rtol=0)
-    assert done.figures["nfe"] == 4 and done.figures["forward_passes"] == 8
+    assert done.figures["nfe"] == 4
+    if (low, high) == (0.0, 1.0):
+        assert done.figures["forward_passes"] == 8
 
 
 @pytest.mark.xfail(strict=True, reason="passes without guidance are counted twice")
@@ -698,19 +700,20 @@ def test_data_of_the_models_card_are_taken_where_none_are_named(tmp_path: Path) 
         assert one is not None and other is not None and torch.equal(one, other)
     made(tmp_path / "endless", "builtin:shapes", source="data", count=3, steps=1, check=0)
     assert torch.equal(stored(tmp_path / "endless")[1], data.SHAPES.batch(torch.arange(3))[0])
+    for stage in ({}, {"source": "data"}):  # endless, so the number is that of the documentation
+        chosen = make(Pairs, **stage)
+        given_to = work(tmp_path / "none", chosen, {"model": "builtin:shapes"})
+        assert chosen.maker(given_to).spec.count == 20_000
     with pytest.raises(UsageError, match="pairs.data: the model's card names no data set at hand"):
         made(tmp_path / "none", source="data", count=5)
 
 
 def test_a_folder_of_images_is_labelled_by_its_folders(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
-    for number, (name, image) in enumerate(
-        zip(("b/x", "a/y", "c/z", "a/x", "b/a", "c/a"), pixels, strict=True)
-    ):
+    for name, image in zip(("b/x", "a/y", "c/z", "a/x", "b/a", "c/a"), pixels, strict=True):
         file = tmp_path / "images" / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
-        assert number < 6
     inputs = {"data": str(tmp_path / "images")}
     done = made(tmp_path / "p", "builtin:digits", inputs, source="data", data="x", steps=2, batch_size=4)
     _, x0, labels = stored(tmp_path / "p")
@@ -830,9 +833,14 @@ def test_interrupted_and_continued_is_uninterrupted(
     inputs = {"model": RING, **saved(tmp_path / "d.npz", *ring().data(range(40), 3))}
     chosen = make(Pairs, count=40, batch_size=4, shard_size=12, check=8, **stage)
     whole = contents(tmp_path / "a", chosen.run(work(tmp_path / "a", chosen, inputs)))
-    judged = []
+    judged: list[range] = []
     errors = Maker.errors
-    monkeypatch.setattr(Maker, "errors", lambda self, at: judged.append(at) or errors(self, at))  # type: ignore[func-returns-value]
+
+    def noted(maker: Maker, indices: range) -> tuple[Tensor, Tensor]:
+        judged.append(indices)
+        return errors(maker, indices)
+
+    monkeypatch.setattr(Maker, "errors", noted)
     for calls in (2, 5, 1):
         broken = work(tmp_path / "b", chosen, inputs)
         with pytest.raises(Interrupted):

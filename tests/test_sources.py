@@ -195,6 +195,11 @@ def test_each_store_runs_through_epochs_of_its_own(
     assert len(set(orders)) == 3
 
 
+def test_stores_of_one_size_are_not_seen_in_one_order(pictures: list[PairStore]) -> None:
+    store, index = seen(PairSource(pictures, Feed()), steps=4, total=20)
+    assert not torch.equal(index[store == 0], index[store == 1])
+
+
 def test_shares_go_by_the_numbers_of_pairs_where_nothing_else_is_said(stores: list[PairStore]) -> None:
     def shares(feed: Feed) -> list[int]:
         store, _ = seen(PairSource(stores, feed), steps=10, total=100)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -21,25 +19,23 @@ from pydantic import Field, model_validator
 from flowdistill.errors import Diverged, FlowdistillError, UsageError
 from flowdistill.grids import Grid, schedule
 from flowdistill.guidance import Guidance
+from flowdistill.pairmaking import ORDER_RK45, Maker, read_labels
 from flowdistill.recipe import Reference
-from flowdistill.solvers import SOLVERS, SolverName, integrate, nfe
+from flowdistill.solvers import SOLVERS, SolverName
 from flowdistill.stages import Stage
-from flowdistill.work import Cost, Done, Figures, Progress, Work, batches
+from flowdistill.work import Cost, Done, Figures, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowdistill.flow import VelocityField
     from flowdistill.images import Samples
-    from flowdistill.pairstore import Block, PairSpec, PairStore, PairWriter
-    from flowdistill.schedule import Schedule
+    from flowdistill.pairstore import PairSpec, PairStore
     from flowdistill.teachers import Model
 
 CHECK = "check.safetensors"
 """The solver's error on the first pairs."""
 DEFAULT_COUNT = 20_000
 _TRIAL_S = 3.0
-_ORDER_RK45 = 5
 _JUDGED = 4096
 """Inverted noises that are compared with a normal distribution."""
 
@@ -240,7 +236,7 @@ class Pairs(Stage):
             )
         if self.tolerance is None or relative <= self.tolerance:
             return
-        order = _ORDER_RK45 if self.solver == "rk45" else SOLVERS[self.solver].order
+        order = ORDER_RK45 if self.solver == "rk45" else SOLVERS[self.solver].order
         excess = relative / self.tolerance
         fix = (
             f"lower rtol and atol to about {self.rtol / excess:.1g}"
@@ -257,7 +253,7 @@ class Pairs(Stage):
         chosen, what = self.classes, f"{work.stage}.classes"
         if self.labels:
             what = str(work.inputs["labels"])
-            chosen = _read_labels(Path(what))
+            chosen = read_labels(Path(what))
         if chosen is None:
             return None
         if not model.card.classes:
@@ -290,140 +286,6 @@ class Pairs(Stage):
         )
 
 
-@dataclass(frozen=True)
-class Maker:
-    """Makes the pairs of any indices, each the same whoever asks, in batches of a fixed size."""
-
-    stage: Pairs
-    work: Work
-    model: Model
-    spec: PairSpec
-    data: Samples | None
-    chosen: Sequence[int] | None
-
-    def shard(self, shard: int, writer: PairWriter) -> list[Block]:
-        """The pairs of a shard, by batches."""
-        parts: list[Block] = []
-        for indices in batches(self.spec.indices(shard), self.stage.batch_size):
-            self.work.stop.check()
-            parts.append(self.block(indices))
-            done = writer.committed_pairs + sum(len(part.x0) for part in parts)
-            self.work.report(Progress(min(done, self.spec.count), self.spec.count, "pair"))
-        return parts
-
-    def block(self, indices: range) -> Block:
-        """The pairs of one batch, on the CPU."""
-        from flowdistill.pairstore import Block
-
-        if self.data is not None:
-            x0, labels = self.data.read(indices)
-            eps, calls = self.solve(x0, self._checked(labels), inverse=True)
-            record = None
-        else:
-            eps, record = self.spec.draw(indices)
-            labels = self.labels(indices)
-            x0, calls = self.solve(eps, labels)
-        block = Block(eps, x0, labels if self.spec.classes else None, nfe=calls, record=record)
-        return replace(block, error=self.error(block)) if self.spec.error else block
-
-    def solve(
-        self, x: Tensor, labels: Tensor | None, inverse: bool = False, halved: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The other end of the flow [B, *shape], and the evaluations of each sample where they differ."""
-        from flowdistill.adaptive import integrate_adaptive
-
-        x = x.to(self.work.device)
-        labels = None if labels is None else labels.to(self.work.device)
-        if self.stage.solver == "rk45":
-            finer = 2.0**-_ORDER_RK45 if halved else 1.0
-            rtol, atol = self.stage.rtol * finer, self.stage.atol * finer
-            end, calls = integrate_adaptive(self.field, x, rtol, atol, labels, inverse=inverse)
-            return end.cpu(), calls
-        grid = self.grid.halved() if halved else self.grid
-        return integrate(self.field, x, grid, SOLVERS[self.stage.solver], labels, inverse=inverse).cpu(), None
-
-    def error(self, block: Block) -> Tensor:
-        """What the solver is off by, [B]: against every step halved or, of data, after there and back.
-
-        RMS per dimension.
-        """
-        from flowdistill.pairstore import rms
-
-        if self.data is not None:
-            return rms(self.solve(block.eps, block.labels)[0], block.x0)
-        return rms(self.solve(block.eps, block.labels, halved=True)[0], block.x0)
-
-    def errors(self, indices: range) -> tuple[Tensor, Tensor]:
-        """Error and distance [n] of the pairs of these indices."""
-        import torch
-
-        from flowdistill.pairstore import rms
-
-        found = []
-        for part in batches(indices, self.stage.batch_size):
-            self.work.stop.check()
-            block = self.block(part)
-            error = self.error(block) if block.error is None else block.error
-            found.append((error, rms(block.eps, block.x0)))
-        error, distance = map(torch.cat, zip(*found, strict=True))
-        return error, distance
-
-    def labels(self, indices: range) -> Tensor | None:
-        """Labels [B], each a function of (seed, index) alone; None without classes."""
-        import torch
-
-        from flowdistill import randomness
-
-        if self.chosen is None:
-            return self.model.labels(self.work.seed, indices)
-        if self.stage.labels:
-            return torch.tensor([self.chosen[index % len(self.chosen)] for index in indices])
-        return torch.tensor(self.chosen)[
-            randomness.integers(self.work.seed, "labels", indices, len(self.chosen))
-        ]
-
-    def evaluations(self) -> Figures:
-        """NFE of a pair, and forward passes where guidance makes them more."""
-        if self.stage.solver == "rk45":
-            return {}
-        calls = nfe(SOLVERS[self.stage.solver], self.grid, inverse=self.data is not None)
-        guidance = self.model.card.guidance
-        doubled = guidance is not None and guidance.needs_null and self.spec.classes
-        return {"nfe": calls, **({"forward_passes": 2 * calls} if doubled else {})}
-
-    @property
-    def grid(self) -> Schedule:
-        return schedule(self.stage.schedule, self.stage.steps)
-
-    @property
-    def field(self) -> VelocityField:
-        """The model's velocity in the arithmetic that the recipe asks for."""
-        import torch
-
-        field = self.model.field
-        if self.stage.precision == "fp32":
-            return field
-        dtype = torch.bfloat16 if self.stage.precision == "bf16" else torch.float16
-
-        def velocity(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-            with torch.autocast(torch.device(self.work.device).type, dtype):
-                return field(x, t, labels)
-
-        return velocity
-
-    def _checked(self, labels: Tensor | None) -> Tensor | None:
-        """The labels of data, if the model wants any."""
-        classes = self.spec.classes
-        if not classes:
-            return None
-        if labels is None:
-            raise UsageError(f"{self.work.stage}.data: has no labels, and the model has {classes} classes")
-        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            found = f"{int(labels.min())} to {int(labels.max())}"
-            raise UsageError(f"{self.work.stage}.data: labels {found}, the model has 0 to {classes - 1}")
-        return labels
-
-
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -434,21 +296,6 @@ def _count(asked: int | None, data: Samples | None, stage: str) -> int:
     if there is not None and asked > there:
         raise UsageError(f"{stage}.count: {asked} pairs are asked for, the data have {there}")
     return asked
-
-
-def _read_labels(path: Path) -> list[int]:
-    from flowdistill import artifact
-
-    with artifact.opened(path) as file:
-        lines = file.read().decode("utf-8-sig", errors="replace").rstrip().split("\n")
-    if lines == [""]:
-        raise UsageError(f"{path}: is empty, expected a label in each line")
-    labels = []
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line.isascii() or not line.isdecimal() or len(line) > 9:
-            raise UsageError(f"{path}:{number}: expected a label, a whole number, found {line[:40]!r}")
-        labels.append(int(line))
-    return labels
 
 
 def _error_figures(error: Tensor, distance: Tensor) -> Figures:
