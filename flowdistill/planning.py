@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowdistill import hardware
+from flowdistill.errors import MissingInput
 from flowdistill.pipeline import Event, Pipeline, Standing, Started
 from flowdistill.work import Cost, Stop
 
@@ -63,7 +64,10 @@ def _estimate(
     if standing.waits:
         return Estimate(name, stage.verb, standing.state, None, "; ".join(standing.waits))
     show(Started(name, stage.verb))
-    cost = stage.plan(pipeline.work(name, device, show, Stop()))
+    try:
+        cost = stage.plan(pipeline.work(name, device, show, Stop()))
+    except MissingInput as error:
+        return Estimate(name, stage.verb, standing.state, None, str(error).partition("\n")[0])
     return Estimate(name, stage.verb, standing.state, cost, "" if cost else "not measured for this verb")
 
 

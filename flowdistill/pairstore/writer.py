@@ -160,6 +160,10 @@ def mend(folder: Path, spec: PairSpec) -> list[str]:
     The shards among them have to be made again. Nobody else may be at work on it. Raises `UsageError` where
     the shards that are whole are not of this spec.
     """
+    try:
+        there = (folder / STORE).exists() and refuse_others(folder, spec)
+    except ArtifactError:
+        there = False
     whole, damaged = _sorted_out(folder, spec)
     for shard in whole[:1]:
         if artifact.read_header(shard_path(folder, shard)).get("store") != spec.digest:
@@ -167,10 +171,6 @@ def mend(folder: Path, spec: PairSpec) -> list[str]:
                 f"{folder}: its shards were made from other settings or inputs than it would be made from now"
             )
     names = []
-    try:
-        there = (folder / STORE).exists() and refuse_others(folder, spec)
-    except ArtifactError:
-        there = False
     if not there:
         write_spec(folder, spec)
         names.append(STORE)

@@ -63,7 +63,7 @@ class Pairs(Stage):
     count: int | None = Field(
         None, gt=0, description="number of pairs; left out, 20000, or as many as the data have"
     )
-    solver: SolverName | Literal["rk45"] = Field(
+    solver: Literal[SolverName, "rk45"] = Field(
         "heun", description="rf-solver is midpoint; rk45 chooses the steps of each sample itself"
     )
     steps: int = Field(18, gt=0, description="steps of the solver; heun makes 2 steps - 1 evaluations")
