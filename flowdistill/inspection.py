@@ -39,7 +39,7 @@ class Description:
 
 
 def grid(folder: Path) -> bytes:
-    """PNG of samples of a store of pairs, evenly spaced over it.
+    """PNG of samples of a store of pairs, evenly spaced over it; latents are decoded by their pipeline.
 
     Raises `UsageError` where they are not images or points, and what opening the store raises.
     """
@@ -49,7 +49,21 @@ def grid(folder: Path) -> bytes:
     store = PairStore.open(folder)
     most = _POINTS if len(store.spec.shape) == 1 else _THUMBNAILS
     stride = max(1, len(store) // most)
-    return pictures.grid(store.batch(range(0, len(store), stride)[:most])[1], _COLUMNS)
+    x0 = store.batch(range(0, len(store), stride)[:most])[1]
+    return pictures.grid(x0 if pictures.drawable(store.spec.shape) else _decoded(folder, x0), _COLUMNS)
+
+
+def _decoded(folder: Path, x0: Tensor) -> Tensor:
+    """Latents as images, by the autoencoder of the pipeline that they come from; others as they are."""
+    if not (folder / STARTED).is_file():
+        return x0
+    location = artifact.load_json(folder / STARTED)["locations"]["model"]
+    name = location if isinstance(location, str) else location["name"]
+    if not name.startswith(teachers.PIPELINE):
+        return x0
+    from flowdistill.teachers import hub, latents
+
+    return latents.Decoder(hub.locate(name.removeprefix(teachers.PIPELINE), "vae"))(x0)
 
 
 def describe(reference: str) -> Description:

@@ -52,7 +52,7 @@ class Maker:
 
         if self.data is not None:
             x0, labels = self.data.read(indices)
-            eps, calls = self.solve(x0, self._checked(labels), inverse=True)
+            eps, calls = self.solve(self._noised(x0, indices), self._checked(labels), inverse=True)
             record = None
         else:
             eps, record = self.spec.draw(indices)
@@ -69,13 +69,14 @@ class Maker:
 
         x = x.to(self.work.device)
         labels = None if labels is None else labels.to(self.work.device)
+        field = _beginning_at(self.stage.invert_from, self.field) if inverse else self.field
         if self.stage.solver == "rk45":
             finer = 2.0**-ORDER_RK45 if halved else 1.0
             rtol, atol = self.stage.rtol * finer, self.stage.atol * finer
-            end, calls = integrate_adaptive(self.field, x, rtol, atol, labels, inverse=inverse)
+            end, calls = integrate_adaptive(field, x, rtol, atol, labels, inverse=inverse)
             return end.cpu(), calls
         grid = self.grid.halved() if halved else self.grid
-        return integrate(self.field, x, grid, SOLVERS[self.stage.solver], labels, inverse=inverse).cpu(), None
+        return integrate(field, x, grid, SOLVERS[self.stage.solver], labels, inverse=inverse).cpu(), None
 
     def error(self, block: Block) -> Tensor:
         """What the solver is off by, [B]: against every step halved or, of data, after there and back.
@@ -146,6 +147,18 @@ class Maker:
 
         return velocity
 
+    def _noised(self, x0: Tensor, indices: range) -> Tensor:
+        """Where the way up begins.
+
+        Images that hold no noise at all lie on a set without volume, which the ODE carries to a set without
+        volume, and not to N(0, I).
+        """
+        from flowdistill import randomness
+
+        t = self.stage.invert_from
+        noise = randomness.noise(randomness.key(self.work.seed, "inversion"), indices, self.spec.shape)
+        return (1 - t) * x0 + t * noise
+
     def _checked(self, labels: Tensor | None) -> Tensor | None:
         """The labels of data, if the model wants any."""
         classes = self.spec.classes
@@ -157,6 +170,11 @@ class Maker:
             found = f"{int(labels.min())} to {int(labels.max())}"
             raise UsageError(f"{self.work.stage}.data: labels {found}, the model has 0 to {classes - 1}")
         return labels
+
+
+def _beginning_at(start: float, field: VelocityField) -> VelocityField:
+    """The field over a time that is 0 at t = `start` and 1 at t = 1."""
+    return lambda x, time, labels: (1 - start) * field(x, start + (1 - start) * time, labels)
 
 
 def read_labels(path: Path) -> list[int]:

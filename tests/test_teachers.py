@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import TINY, make
+from tiny_pipelines import TINY, make, package, randomised
 
-from flowdistill import pairstore, randomness, teachers
+from flowdistill import pairstore, pictures, randomness, teachers
 from flowdistill.cli import execute
 from flowdistill.errors import ArtifactError, MissingInput, UsageError
 from flowdistill.guidance import Guidance
 from flowdistill.schedule import uniform
 from flowdistill.solvers import SOLVERS, integrate
 from flowdistill.teachers.cards import Latent
+from flowdistill.teachers.latents import Decoder
 
 SIT = Path(__file__).parent / "fixtures" / "teachers" / "sit.safetensors"
 
@@ -155,6 +156,24 @@ def test_a_pipeline_is_a_teacher(pipeline: Path, tmp_path: Path, monkeypatch: py
     expected = integrate(opened.field, eps, uniform(3), SOLVERS["euler"], labels)
     torch.testing.assert_close(x0, expected, atol=2e-2, rtol=2e-2)  # stored as float16
     assert store.spec.origin["model"] == opened.digest
+
+
+def test_pairs_of_latents_are_shown_as_pictures(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dict(TINY["SD3Transformer2DModel"]["autoencoder"])
+    randomised(getattr(package(), config.pop("_class_name"))(**config)).save_pretrained(pipeline / "vae")
+    decoder = Decoder(pipeline)
+    size = [side * decoder.space.factor for side in TINY["SD3Transformer2DModel"]["shape"][-2:]]
+    prompts = "sd3/embeddings.safetensors"
+    teacher = {"name": "diffusers:sd3", "prompts": prompts, "pixels": size, "probe": False}
+    stage = {"pairs": {"count": 3, "solver": "euler", "steps": 1, "check": 0, "dtype": "float32"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"teacher": teacher, "stages": [stage]}))
+    monkeypatch.chdir(tmp_path)
+    assert execute(["run", "recipe.yaml", "-q", "--out", "runs"]) == 0
+    assert execute(["inspect", "runs/pairs", "--grid", "grid.png"]) == 0
+    x0 = pairstore.PairStore.open(Path("runs/pairs")).batch(range(3))[1]
+    assert Path("grid.png").read_bytes() == pictures.grid(decoder(x0), 8)
 
 
 def test_a_pipeline_of_random_weights_is_refused_by_the_probe(

@@ -60,6 +60,13 @@ class Pairs(Stage):
             "out, what the model's card says",
         )
     )
+    invert_from: float = Field(
+        0.001,
+        ge=0,
+        lt=1,
+        description="with `source: data`: t at which the way up begins, at (1 - t) x0 + t fresh noise; "
+        "0.001 in rf++'s code",
+    )
     count: int | None = Field(
         None, gt=0, description="number of pairs; left out, 20000, or as many as the data have"
     )
@@ -189,6 +196,8 @@ class Pairs(Stage):
             mode="json", include={"source", "classes", "precision", "batch_size"} | own
         )
         settings["solver"] = SOLVERS[self.solver].name if self.solver != "rk45" else self.solver
+        if data is not None:
+            settings["invert_from"] = self.invert_from
         inputs = {
             key: work.parents.get(str(work.inputs[key])) for key in ("data", "labels") if work.inputs.get(key)
         }
