@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from flowdistill.errors import FlowdistillError, Interrupted, RecipeError, ResourceError, UsageError
+from flowdistill.processes import LAUNCHED
 
 if TYPE_CHECKING:
     from flowdistill.work import Stop
@@ -104,7 +105,8 @@ def guard(action: Callable[[], int], invocation: Invocation) -> int:
         if cut_short or isinstance(error, Interrupted | _Stopped):
             if isinstance(error, Interrupted):  # the signal may have reached a launcher's handler, not ours
                 invocation.signum = error.signum
-            tell(invocation.farewell())
+            if LAUNCHED not in os.environ:  # else the process that started this one says so, for all of them
+                tell(invocation.farewell())
             return 128 + invocation.signum
         message, code = describe(error)
         if invocation.verbose:

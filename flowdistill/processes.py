@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
-from flowdistill.errors import FlowdistillError, Interrupted, UsageError
+from flowdistill.errors import FlowdistillError, Interrupted, ResourceError, UsageError
 
-_RESTARTS = 3
-"""So often are all processes started again after one was killed."""
+LAUNCHED = "FLOWDISTILL_LAUNCHED"
+"""In the environment of processes that another one of ours has started, and speaks for."""
+_STARTS = 4
+"""So often are all processes started where one was killed each time."""
 _ROLL_CALL = timedelta(minutes=5)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class WorkersFailed(FlowdistillError):
-    """A process that was started failed, and has said why; `exit_code` is its own."""
+    """A process that was started failed, and has `said` why; `exit_code` is its own."""
 
-    def __init__(self, rank: int, exit_code: int) -> None:
-        super().__init__(f"process {rank} ended with exit code {exit_code}; what it said is above")
+    def __init__(self, rank: int, exit_code: int, said: str) -> None:
+        why = said.strip().removeprefix("error: ") or "what it said is above"
+        super().__init__(f"process {rank} ended with exit code {exit_code}: {why}")
         self.exit_code = exit_code  # type: ignore[misc]
 
 
@@ -74,19 +77,21 @@ def launch(arguments: Sequence[str], count: int, tell: Callable[[str], None]) ->
     Where one is killed, all begin again, and continue. Raises `WorkersFailed` where one fails, and
     `Interrupted` after a signal, when all have saved their state.
     """
-    with _handlers_kept(), tempfile.TemporaryDirectory() as logs:
-        for left in reversed(range(_RESTARTS + 1)):
-            killed = _launch(arguments, count, logs)
-            if killed is None:
-                return
-            if not left:
-                raise WorkersFailed(killed, 128 + signal.SIGKILL)
-            tell(f"process {killed} of {count} was killed; all begin again, and continue")
+    import tempfile
+
+    for _ in range(_STARTS):
+        with _as_before(count), tempfile.TemporaryDirectory() as logs:
+            killed = _launch(arguments, count, Path(logs))
+        if killed is None:
+            return
+        tell(f"process {killed} of {count} was killed; all begin again, and continue")
+    raise ResourceError(
+        f"{_STARTS} times one of {count} processes was killed: is there too little memory for so many?"
+    )
 
 
-def _launch(arguments: Sequence[str], count: int, logs: str) -> int | None:
+def _launch(arguments: Sequence[str], count: int, logs: Path) -> int | None:
     """One try; the number of the process that was killed, None where all is done."""
-    import logging
     import sys
     import uuid
 
@@ -94,9 +99,8 @@ def _launch(arguments: Sequence[str], count: int, logs: str) -> int | None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    threads = max(1, (os.cpu_count() or 1) // count)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # The first process shows how far all are; this one prints the result.
+    shown = {rank: Std.ALL if rank else Std.OUT for rank in range(count)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -106,7 +110,7 @@ def _launch(arguments: Sequence[str], count: int, logs: str) -> int | None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.OUT),  # this process prints the result
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=shown),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "flowdistill", *arguments)
@@ -116,18 +120,27 @@ def _launch(arguments: Sequence[str], count: int, logs: str) -> int | None:
         rank, failure = error.get_first_failure()
         if failure.exitcode == -signal.SIGKILL:
             return rank
-        raise WorkersFailed(
-            rank, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        ) from None
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        said = "".join(each.read_text(errors="replace") for each in logs.rglob(f"{rank}/stderr.log"))
+        raise WorkersFailed(rank, code, said) from None
     return None
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """The launcher sets handlers of its own and leaves them."""
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+def _as_before(count: int) -> Iterator[None]:
+    """What a launch changes in this process is put back: signal handlers, the environment, logging."""
+    import logging
+
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ[LAUNCHED] = "1"
+    logging.disable(logging.ERROR)  # the launcher's own words about what we say ourselves
     try:
         yield
     finally:
-        for number, handler in before.items():
+        logging.disable(logging.NOTSET)
+        os.environ.clear()
+        os.environ.update(before)
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -618,20 +618,49 @@ def saved(path: Path, x0: Tensor, labels: Tensor | None = None) -> dict[str, str
     return {"data": str(path)}
 
 
-def test_samples_of_a_gaussian_are_inverted_to_their_noise(tmp_path: Path) -> None:
-    """(x0 - mu) / s; the count is that of the data, and samples without labels are fine here."""
+@pytest.mark.parametrize("start", [{"invert_from": 0.0}, {}, {"invert_from": 0.2}])
+def test_samples_of_a_gaussian_are_inverted_to_their_noise(tmp_path: Path, start: dict[str, float]) -> None:
+    """x_t has mean (1 - t) mu and variance (1 - t)^2 s^2 + t^2, and paths keep their quantile.
+
+    The count is that of the data, and samples without labels are fine here.
+    """
     x0, _ = FLOW.data(range(333), seed=8)
-    inputs = saved(tmp_path / "d.npz", x0)
-    done = made(
-        tmp_path / "p", GAUSSIAN, inputs, source="data", data="x", solver="rk4", steps=40, batch_size=50
-    )
+    stage = {"source": "data", "data": "x", "solver": "rk4", "steps": 40, "batch_size": 50, **start}
+    done = made(tmp_path / "p", GAUSSIAN, saved(tmp_path / "d.npz", x0), **stage)
     eps, kept, labels = stored(tmp_path / "p")
     assert torch.equal(kept, x0) and labels is None
-    torch.testing.assert_close(eps, ((x0 - FLOW.means[0]) / FLOW.stds[0]).float(), atol=1e-4, rtol=0)
+    t = start.get("invert_from", 0.001)  # of rf++'s code
+    fresh = randomness.noise(randomness.key(SEED, "inversion"), range(333), (3,))
+    mean, std = FLOW.means[0], FLOW.stds[0]
+    expected = ((1 - t) * (x0 - mean) + t * fresh) / ((1 - t) ** 2 * std**2 + t**2).sqrt()
+    torch.testing.assert_close(eps, expected.float(), atol=1e-4, rtol=0)
     assert done.figures["pairs"] == 333 and done.figures["nfe"] == 160
     noise = done.figures["noise"]
     assert noise["pairs"] == 333 and noise["chi_square_p"] > 0.01
     assert noise["norm_mean_ratio"] == pytest.approx(1, abs=4 * math.sqrt(2 / (333 * 3)))
+
+
+@pytest.mark.xfail(strict=True, reason="the fresh noise is counted as the solver's error")
+def test_the_error_of_data_is_the_solvers_alone(tmp_path: Path) -> None:
+    inputs = saved(tmp_path / "d.npz", FLOW.data(range(64), seed=8)[0])
+    stage = {"source": "data", "data": "x", "solver": "rk4", "steps": 40, "invert_from": 0.03}
+    done = made(tmp_path / "p", GAUSSIAN, inputs, **stage)
+    assert done.figures["solver_error"]["relative"] < 1e-4
+
+
+def test_another_seed_begins_the_way_up_at_other_noise(tmp_path: Path) -> None:
+    inputs = {"model": RING, **saved(tmp_path / "d.npz", *ring().data(range(20), 3))}
+    eps: list[Tensor] = []
+    for start in (0.0, 0.1):
+        chosen = make(Pairs, source="data", data="x", steps=3, check=0, invert_from=start)
+        for seed in (1, 2):
+            folder = tmp_path / f"{start} {seed}"
+            chosen.run(replace(work(folder, chosen, inputs), seed=seed))
+            eps.append(stored(folder)[0])
+    assert torch.equal(eps[0], eps[1]) and not torch.equal(eps[2], eps[3])
+    other = make(Pairs, source="data", data="x", steps=3, check=0, invert_from=0.05)
+    with pytest.raises(UsageError, match=r"origin.invert_from 0.1 -> 0.05"):
+        other.run(replace(work(folder, other, inputs), seed=2))
 
 
 @pytest.mark.parametrize("solver", ["heun", "rk45"])
@@ -639,7 +668,14 @@ def test_samples_keep_their_labels_and_are_inverted_under_them(tmp_path: Path, s
     flow = ring()
     x0, components = flow.data(range(150), seed=8)
     inputs = saved(tmp_path / "d.npz", x0, components)
-    stage = {"source": "data", "data": "x", "solver": solver, "steps": 200, "batch_size": 64}
+    stage = {
+        "source": "data",
+        "data": "x",
+        "solver": solver,
+        "steps": 200,
+        "batch_size": 64,
+        "invert_from": 0.0,
+    }
     done = made(tmp_path / "p", RING, inputs, check=8, **stage)
     eps, _, labels = stored(tmp_path / "p")
     assert labels is not None and torch.equal(labels, components)
@@ -658,20 +694,36 @@ def test_the_way_there_and_back_is_shorter_with_more_steps(tmp_path: Path) -> No
     for steps in (4, 8, 16):
         folder = tmp_path / str(steps)
         stage = {"source": "data", "count": 24, "steps": steps, "estimate_error": True, "check": 24}
-        done = made(folder, "builtin:digits", **stage)
+        done = made(folder, "builtin:digits", invert_from=0.0, **stage)
         off.append(done.figures["solver_error"]["relative"])
     eps, x0, labels = stored(folder)
     assert off[0] < 0.15 and off[1] < off[0] / 2 and off[2] < off[1] / 2
     back = integrate(open_model("builtin:digits").field, eps, uniform(16), SOLVERS["heun"], labels)
     error = PairStore.open(folder).column("error").double()
     torch.testing.assert_close(error, rms(back, x0), atol=1e-5, rtol=1e-3)
-    images, digits = data.DIGITS.batch(torch.arange(24))
-    assert torch.equal(x0, images) and labels is not None and torch.equal(labels, digits)
-    # Pixels that are blank in every digit hold no noise: what is inverted is short of a normal's norm.
+
+
+def test_digits_with_a_little_noise_are_inverted_to_nearly_normal_noise(tmp_path: Path) -> None:
+    """48 images of 64 dimensions: the mean of their squares has a standard deviation of 0.026.
+
+    As they are, the digits have pixels that are blank in every image, and grey values in steps: what they are
+    inverted to is short of a normal's norm, and shortest where they are blank.
+    """
+    stage = {"source": "data", "count": 48, "steps": 12, "check": 0}
+    bare = made(tmp_path / "bare", "builtin:digits", invert_from=0.0, **stage).figures["noise"]
+    noised = made(tmp_path / "noised", "builtin:digits", invert_from=0.03, **stage).figures["noise"]
+    images, digits = data.DIGITS.batch(torch.arange(48))
+    for name, figures in (("bare", bare), ("noised", noised)):
+        eps, x0, labels = stored(tmp_path / name)
+        assert torch.equal(x0, images) and labels is not None and torch.equal(labels, digits)
+        assert figures == pytest.approx(normality(eps))
+    assert 0.3 < bare["norm_mean_ratio"] < 0.85 and bare["chi_square_p"] < 1e-6
+    assert noised["norm_mean_ratio"] == pytest.approx(1, abs=0.1)
+    assert noised["norm_spread_ratio"] == pytest.approx(1, abs=0.4)
+    assert noised["chi_square_p"] > 0.01
+    eps = stored(tmp_path / "bare")[0]
     blank = data.DIGITS.batch(torch.arange(1797))[0].std(0) < 0.05
     assert eps[:, blank].std() < 0.6 * eps[:, ~blank].std()
-    assert done.figures["noise"] == pytest.approx(normality(eps))
-    assert 0.3 < done.figures["noise"]["norm_mean_ratio"] < 0.85
 
 
 def test_what_a_model_made_is_inverted_to_the_noise_it_was_made_from(tmp_path: Path) -> None:
@@ -679,7 +731,7 @@ def test_what_a_model_made_is_inverted_to_the_noise_it_was_made_from(tmp_path: P
 
     The network contracts blank pixels by a factor of 50 or so, hence the wide 0.15 for single noises.
     """
-    exact = {"solver": "rk45", "rtol": 1e-5, "atol": 1e-5, "check": 0}
+    exact = {"solver": "rk45", "rtol": 1e-5, "atol": 1e-5, "check": 0, "invert_from": 0.0}
     made(tmp_path / "made", "builtin:digits", count=32, **exact)
     eps, x0, labels = stored(tmp_path / "made")
     inputs = saved(tmp_path / "d.npz", x0, labels)
@@ -766,6 +818,8 @@ def test_data_of_another_shape_or_place_are_refused(tmp_path: Path, shell: Shell
     ("classes: []", "pairs.classes: expected 1 or more values, found an empty list"),
     ("classes: [-1]", "pairs.classes[0]: expected a number >= 0, found -1"),
     ("solver: huen", "pairs.solver"),
+    ("source: data, invert_from: 1", "pairs.invert_from: expected a number < 1.0, found 1"),
+    ("source: data, invert_from: -0.1", "pairs.invert_from: expected a number >= 0.0, found -0.1"),
     ("count: 0", "pairs.count: expected a number > 0, found 0"),
     ("tolerance: 0", "pairs.tolerance: expected a number > 0.0, found 0"),
     ("solver: rk45, rtol: 0", "pairs.rtol: expected a number > 0.0, found 0"),

@@ -159,9 +159,24 @@ def test_an_interrupted_launch_continues(recipe: Path, alone: dict[str, bytes], 
     parent.send_signal(signal.SIGTERM)
     _, said = parent.communicate(timeout=180)
     assert parent.returncode == 143, said
-    assert "the state is saved" in said and "Traceback" not in said
+    assert said.count("the state is saved\ncontinue: flowdistill pairs") == 1
+    assert len(said.splitlines()) <= 4  # one of the processes says that it saves, this one the rest
     assert execute(["pairs", str(recipe), "--out", str(out), "-q"]) == 0
     assert made(out) == alone
+
+
+def test_what_a_launched_process_fails_of_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        command(recipe, tmp_path / "out", "--procs", "2", "-s", "pairs.tolerance=1e-30"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "pairs.tolerance: the solver's error is" in ended.stderr and "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) <= 4
+    assert not (tmp_path / "out" / "pairs").exists()
 
 
 def test_torchrun(recipe: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
