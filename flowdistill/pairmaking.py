@@ -52,14 +52,15 @@ class Maker:
 
         if self.data is not None:
             x0, labels = self.data.read(indices)
-            eps, calls = self.solve(self._noised(x0, indices), self._checked(labels), inverse=True)
+            start = self._noised(x0, indices)
+            eps, calls = self.solve(start, self._checked(labels), inverse=True)
             record = None
         else:
             eps, record = self.spec.draw(indices)
             labels = self.labels(indices)
             x0, calls = self.solve(eps, labels)
         block = Block(eps, x0, labels if self.spec.classes else None, nfe=calls, record=record)
-        return replace(block, error=self.error(block)) if self.spec.error else block
+        return replace(block, error=self.error(block, indices)) if self.spec.error else block
 
     def solve(
         self, x: Tensor, labels: Tensor | None, inverse: bool = False, halved: bool = False
@@ -69,7 +70,7 @@ class Maker:
 
         x = x.to(self.work.device)
         labels = None if labels is None else labels.to(self.work.device)
-        field = _beginning_at(self.stage.invert_from, self.field) if inverse else self.field
+        field = self.field if self.data is None else _beginning_at(self.stage.invert_from, self.field)
         if self.stage.solver == "rk45":
             finer = 2.0**-ORDER_RK45 if halved else 1.0
             rtol, atol = self.stage.rtol * finer, self.stage.atol * finer
@@ -78,7 +79,7 @@ class Maker:
         grid = self.grid.halved() if halved else self.grid
         return integrate(field, x, grid, SOLVERS[self.stage.solver], labels, inverse=inverse).cpu(), None
 
-    def error(self, block: Block) -> Tensor:
+    def error(self, block: Block, indices: range) -> Tensor:
         """What the solver is off by, [B]: against every step halved or, of data, after there and back.
 
         RMS per dimension.
@@ -86,7 +87,7 @@ class Maker:
         from flowdistill.pairstore import rms
 
         if self.data is not None:
-            return rms(self.solve(block.eps, block.labels)[0], block.x0)
+            return rms(self.solve(block.eps, block.labels)[0], self._noised(block.x0, indices))
         return rms(self.solve(block.eps, block.labels, halved=True)[0], block.x0)
 
     def errors(self, indices: range) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ class Maker:
         for part in batches(indices, self.stage.batch_size):
             self.work.stop.check()
             block = self.block(part)
-            error = self.error(block) if block.error is None else block.error
+            error = self.error(block, part) if block.error is None else block.error
             found.append((error, rms(block.eps, block.x0)))
         error, distance = map(torch.cat, zip(*found, strict=True))
         return error, distance
@@ -120,12 +121,25 @@ class Maker:
 
     def evaluations(self) -> Figures:
         """NFE of a pair, and forward passes where guidance makes them more."""
+        import torch
+
         if self.stage.solver == "rk45":
             return {}
         calls = nfe(SOLVERS[self.stage.solver], self.grid, inverse=self.data is not None)
         guidance = self.model.card.guidance
-        doubled = guidance is not None and guidance.needs_null and self.spec.classes
-        return {"nfe": calls, **({"forward_passes": 2 * calls} if doubled else {})}
+        if guidance is None or not guidance.needs_null or not self.spec.classes:
+            return {"nfe": calls}
+        asked: list[float] = []
+
+        def count(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            asked.append(1 + int(guidance.applies(t).any()))
+            return x
+
+        x = torch.zeros(1, 1)
+        inverse = self.data is not None
+        field = _beginning_at(self.stage.invert_from, count) if inverse else count
+        integrate(field, x, self.grid, SOLVERS[self.stage.solver], inverse=inverse)
+        return {"nfe": calls, "forward_passes": sum(asked)}
 
     @property
     def grid(self) -> Schedule:

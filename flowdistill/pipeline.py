@@ -312,7 +312,7 @@ def seal(stage: Stage, work: Work, seed: int, started: datetime) -> artifact.Man
 def _tidy(folder: Path) -> None:
     """Leave no folder of a stage that was refused before it made anything."""
     with suppress(OSError, UsageError), artifact.lock(folder):
-        if {each.name for each in folder.iterdir()} <= {STARTED, ".lock"}:
+        if {each.name for each in folder.rglob("*") if each.is_file()} <= {STARTED, ".lock"}:
             shutil.rmtree(folder)
 
 

@@ -207,8 +207,9 @@ def _value_problems(faults: list[_Fault], key: str) -> Iterator[Problem]:
 def _message(refusals: list[_Fault]) -> str:
     fault = refusals[0]
     context, value = fault.error.get("ctx", {}), fault.node.value
-    if "error" in context:  # a validator's own words
-        return str(context["error"])
+    said = [each.error["ctx"]["error"] for each in refusals if "error" in each.error.get("ctx", {})]
+    if said:  # a validator's own words
+        return str(said[0])
     if len(refusals) == 1 and fault.kind in ("literal_error", "enum") and isinstance(value, str):
         return unknown(fault.noun, value, re.findall(r"'([^']*)'", context["expected"]))
     expected = " or ".join(dict.fromkeys(map(_expected, refusals)))

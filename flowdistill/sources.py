@@ -124,7 +124,7 @@ def shuffled(seed: int, purpose: str, numbers: Tensor, count: int) -> Tensor:
     return chosen
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _order(seed: int, purpose: str, epoch: int, count: int) -> Tensor:
     return randomness.permutation(seed, purpose, epoch, count)
 

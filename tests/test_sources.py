@@ -432,7 +432,6 @@ def test_mistakes_in_a_feed_have_their_place(pairs: str, feed: str, says: str) -
     assert says in str(refused.value)
 
 
-@pytest.mark.xfail(strict=True, reason="found out after the pairs are made, or never")
 @pytest.mark.parametrize(("pairs", "feed"), [
     ("[]", "{}"),
     ("[a, a]", "{}"),
@@ -481,7 +480,6 @@ def test_what_the_stores_do_not_allow_is_told_by_key(shell: Shell) -> None:
         assert answer.code == 2 and f"feed.{feed.split(':')[0]}" in answer.err and says in answer.err
 
 
-@pytest.mark.xfail(strict=True, reason="the folder of a stage that was refused is left with its settings")
 def test_a_recipe_that_was_refused_can_be_put_right(shell: Shell) -> None:
     Path("r.yaml").write_bytes(recipe("[a, b]", "{subset: [0, 65]}"))
     assert shell("run", "r.yaml", "-q").code == 2

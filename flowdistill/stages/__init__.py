@@ -102,7 +102,9 @@ class Feed(Settings):
     """Which pairs of the stores are seen, and how often."""
 
     weights: list[Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="share of each store, in their order; left out, by their numbers of pairs"
+        None,
+        min_length=1,
+        description="share of each store, in their order; left out, by their numbers of pairs",
     )
     subset: tuple[Annotated[int, Field(ge=0)], int] | None = Field(
         None, description="only the pairs with indices from the first number up to, not with, the second"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from pydantic import Field, model_validator
 from flowdistill.errors import Diverged, FlowdistillError, UsageError
 from flowdistill.grids import Grid, schedule
 from flowdistill.guidance import Guidance
-from flowdistill.pairmaking import ORDER_RK45, Maker, read_labels
+from flowdistill.pairmaking import Maker, read_labels
 from flowdistill.recipe import Reference
 from flowdistill.solvers import SOLVERS, SolverName
 from flowdistill.stages import Stage
@@ -36,6 +37,8 @@ CHECK = "check.safetensors"
 """The solver's error on the first pairs."""
 DEFAULT_COUNT = 20_000
 _TRIAL_S = 3.0
+_TRIES, _MORE_STEPS, _LEAST_RTOL = 6, 32, 1e-7
+"""How far a better setting is looked for: so many times, up to so many times the steps."""
 _JUDGED = 4096
 """Inverted noises that are compared with a normal distribution."""
 
@@ -232,12 +235,13 @@ class Pairs(Stage):
                 return _error_figures(error, distance)
             error, distance = maker.errors(range(min(self.check, maker.spec.count)))
             figures = _error_figures(error, distance)
-            self._refuse_inaccurate(figures["solver_error"]["relative"], maker.work.stage)
+            self._refuse_inaccurate(figures["solver_error"]["relative"], maker)
             header = {"kind": "solver error", "store": maker.spec.digest}
             artifact.save_tensors(path, {"error": error, "distance": distance}, header)
             return figures
 
-    def _refuse_inaccurate(self, relative: float, stage: str) -> None:
+    def _refuse_inaccurate(self, relative: float, maker: Maker) -> None:
+        stage = maker.work.stage
         if not math.isfinite(relative):
             raise Diverged(
                 f"{stage}: pairs made in {self.precision} are not finite, nothing was made\n"
@@ -245,17 +249,34 @@ class Pairs(Stage):
             )
         if self.tolerance is None or relative <= self.tolerance:
             return
-        order = ORDER_RK45 if self.solver == "rk45" else SOLVERS[self.solver].order
-        excess = relative / self.tolerance
-        fix = (
-            f"lower rtol and atol to about {self.rtol / excess:.1g}"
-            if self.solver == "rk45"
-            else f"about {math.ceil(self.steps * excess ** (1 / order))} steps would do"
-        )
         raise UsageError(
             f"{stage}.tolerance: the solver's error is {relative:.3g} of the distance from noise to data, "
-            f"more than {self.tolerance:.3g}; nothing was made\n{fix}, or another solver"
+            f"more than {self.tolerance:.3g}; nothing was made\n{self._remedy(relative, maker)}"
         )
+
+    def _remedy(self, relative: float, maker: Maker) -> str:
+        """What would do, tried: the solver's order says where to begin, but may not have set in yet."""
+        assert self.tolerance is not None
+        tried, indices = self, range(min(self.check, maker.spec.count))
+        for _ in range(_TRIES):
+            tried = tried._finer(relative / self.tolerance)
+            fixed = not isinstance(tried.schedule, str) and tried.schedule.name == "times"
+            if fixed or tried.steps > _MORE_STEPS * self.steps or tried.rtol < _LEAST_RTOL:
+                break
+            error, distance = replace(maker, stage=tried).errors(indices)
+            relative = _error_figures(error, distance)["solver_error"]["relative"]
+            if relative <= self.tolerance:
+                if self.solver == "rk45":
+                    return f"lower rtol and atol to {tried.rtol:g} and {tried.atol:g}, or another solver"
+                return f"{tried.steps} steps would do, or another solver"
+        return "use another solver, more steps, or a larger tolerance"
+
+    def _finer(self, excess: float) -> Pairs:
+        if self.solver == "rk45":
+            finer = {name: float(f"{getattr(self, name) / (2 * excess):.1e}") for name in ("rtol", "atol")}
+            return self.model_copy(update=finer)
+        growth = (1.1 * excess) ** (1 / SOLVERS[self.solver].order)
+        return self.model_copy(update={"steps": math.ceil(self.steps * max(growth, 1.1))})
 
     def chosen_labels(self, work: Work, model: Model) -> list[int] | None:
         """The labels of a file, or the classes to draw from; UsageError for unknown ones."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flowdistill.architectures import Architecture, arguments
 from flowdistill.objectives import Loss, LpipsHuber, Timesteps, UShaped
@@ -46,6 +46,16 @@ class Reflow(Training):
     )
     timesteps: Timesteps = UShaped()
     loss: Loss = LpipsHuber()
+
+    @model_validator(mode="after")
+    def _fed(self) -> Reflow:
+        stores = self.pairs if isinstance(self.pairs, list) else [self.pairs]
+        if not stores or len(set(stores)) < len(stores):
+            raise ValueError("pairs: expected one or more, each once")
+        if self.feed.weights and len(self.feed.weights) != len(stores):
+            count = len(self.feed.weights)
+            raise ValueError(f"feed.weights: {count} numbers for {len(stores)} stores of pairs")
+        return self
 
     def student(self, work: Work) -> Model:
         import torch
