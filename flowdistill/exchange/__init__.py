@@ -141,7 +141,9 @@ def _form(source: Path) -> str:
 
 
 def _declare(folder: Path, source: Path, spec: PairSpec, files: dict[str, str], started: datetime) -> None:
-    """Write the manifest, which makes the store an input for the stages of recipes."""
+    """Write the manifest, which makes the store an input for the stages of recipes, if there is none."""
+    if (folder / artifact.MANIFEST).exists():
+        return
     artifact.Manifest(
         stage=folder.name,
         verb="import",
