@@ -34,7 +34,8 @@ class PairStore:
         self._layouts: dict[int, dict[str, Entry]] = {}
         self._mapped: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
         # Each mapping holds a file descriptor; the others are left to the rest of the program.
-        self._mapped_at_most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._mapped_at_most = _MAPPED if limit == resource.RLIM_INFINITY else max(16, limit // 4)
 
     @classmethod
     def open(cls, folder: Path | str, finished: bool = True) -> PairStore:
@@ -156,6 +157,8 @@ class PairStore:
         return artifact.layout(path).tensors
 
 
+_MAPPED = 4096
+"""Shards that are mapped at a time where the system sets no limit."""
 _OF_A_PAIR = ("x0", "labels", "eps", "record")
 
 
