@@ -126,6 +126,8 @@ def _value(field: Schema, choices: Sequence[str]) -> str:
         return " or ".join(f"`{{name: {choice}}}`" if choice else "a mapping" for choice in choices)
     if "anyOf" in field:
         return " or ".join(_value(member, ()) for member in field["anyOf"] if member.get("type") != "null")
+    if "const" in field:
+        return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field.get("type") == "array":

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from flowdistill.errors import FlowdistillError, Interrupted, RecipeError, ResourceError, UsageError
-from flowdistill.processes import LAUNCHED
+from flowdistill.processes import LAUNCHED, is_loss
 
 if TYPE_CHECKING:
     from flowdistill.work import Stop
@@ -127,6 +127,9 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", error.exit_code
     if memory := _out_of_memory(error):
         return f"error: {memory}", ResourceError.exit_code
+    if is_loss(error):
+        text = "another process of this training is gone; run the same command again, it continues"
+        return f"error: {text}", ResourceError.exit_code
     if isinstance(error, OSError) and error.errno in _EXIT_CODES:
         place = f"{error.filename}: " if error.filename else ""
         return f"error: {place}{error.strerror}", _EXIT_CODES[error.errno]

@@ -8,13 +8,14 @@ one sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flowdistill.errors import MissingInput
 from flowdistill.flow import x0_from_velocity
+from flowdistill.references import Reference
 from flowdistill.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 
 Distance: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 """Perceptual distance of images: (x_hat [B, *shape], x [B, *shape]) -> [B], gradients to x_hat."""
+
+
+class Labelled(Protocol):
+    """A `Distance` with a name that says what it compares in, for the figures of whoever used it."""
+
+    @property
+    def label(self) -> str: ...
+
+    def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """x_hat, x [B, *shape] -> [B]."""
+        ...
+
 
 Terms: TypeAlias = "dict[str, Tensor]"
 """Parts of a loss by name, each [B], for the log; empty where the loss has one part."""
@@ -75,6 +88,41 @@ class LogitNormal(Settings):
 Timesteps: TypeAlias = Annotated[UShaped | Uniform | LogitNormal, Field(discriminator="name")]
 
 
+LEAST: Mapping[str, int] = {"vgg": 16, "alex": 32, "squeeze": 24}
+"""Pixels that a side of an image must have for each network of LPIPS."""
+
+
+class Lpips(Settings):
+    """The published LPIPS (arXiv 1801.03924); by default as rf++ takes it, which is piq 0.8.0's.
+
+    rf++ pools by the average and enlarges images to 224 pixels. The `lpips` package's own figures, which
+    papers report, are those of pooling by the maximum at native size.
+    """
+
+    name: Literal["lpips"] = "lpips"
+    net: Literal["vgg", "alex", "squeeze"] = Field(
+        "vgg", description="vgg is VGG16, as in rf++; alex and squeeze are smaller and faster"
+    )
+    pooling: Literal["average", "max"] = Field(
+        "average", description="average is rf++'s, max is that of the published network"
+    )
+    resolution: Literal["native"] | int = Field(
+        224, description="images are resized to this many pixels a side, bilinearly; native leaves them"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network's body")
+    weights: Annotated[str | None, Reference("weights", optional=True, files=True)] = Field(
+        None,
+        description="file with the network's weights, relative to the recipe; left out, torchvision's cache",
+    )
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> Lpips:
+        least = LEAST[self.net]
+        if self.resolution != "native" and self.resolution < least:
+            raise ValueError(f"resolution: {self.net} needs {least} pixels or more, found {self.resolution}")
+        return self
+
+
 class SquaredL2(Settings):
     """||v_hat - v||^2 / d, whose minimum is the conditional mean."""
 
@@ -86,6 +134,20 @@ class SquaredL2(Settings):
     ) -> tuple[Tensor, Terms]:
         """Loss [B] and its terms."""
         return (v_hat - v).square().flatten(1).mean(1), {}
+
+
+class L2(Settings):
+    """||v_hat - v|| / sqrt(d), the root of `squared-l2`: rf++'s `l2`."""
+
+    name: Literal["l2"] = "l2"
+    needs_perceptual: ClassVar[bool] = False
+
+    def __call__(
+        self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
+    ) -> tuple[Tensor, Terms]:
+        """Loss [B] and its terms."""
+        difference = (v_hat - v).flatten(1)
+        return difference.norm(dim=1) / math.sqrt(difference.shape[1]), {}
 
 
 class PseudoHuber(Settings):
@@ -102,11 +164,26 @@ class PseudoHuber(Settings):
         return pseudo_huber(v_hat, v, self.c), {}
 
 
-class Perceptual(Settings):
+class Compared(Settings):
+    """What the losses with a perceptual term have in common."""
+
+    needs_perceptual: ClassVar[bool] = True
+
+    distance: Lpips | None = Field(
+        None, description="left out, distance in the maps of the small classifier that ships for the data"
+    )
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each batch whose perceptual term is computed, scaled so that the mean stays",
+    )
+
+
+class Perceptual(Compared):
     """P: perceptual distance of the image where v_hat points, x_t - t v_hat, from the true one."""
 
     name: Literal["perceptual"] = "perceptual"
-    needs_perceptual: ClassVar[bool] = True
 
     def __call__(
         self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
@@ -115,12 +192,11 @@ class Perceptual(Settings):
         return _perceptual(v_hat, v, x_t, t, perceptual), {}
 
 
-class LpipsHuber(Settings):
+class LpipsHuber(Compared):
     """(1 - t) H + P (rf++'s config E, arXiv 2405.20320) or (1 - t) H + P / t (its config F)."""
 
     name: Literal["lpips-huber"] = "lpips-huber"
     divide_by_t: bool = Field(False, description="config F: weigh P by 1 / t")
-    needs_perceptual: ClassVar[bool] = True
 
     def __call__(
         self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
@@ -132,7 +208,25 @@ class LpipsHuber(Settings):
         return (1 - t) * huber + weighed, {"huber": huber, "perceptual": distance}
 
 
-Loss: TypeAlias = Annotated[SquaredL2 | PseudoHuber | Perceptual | LpipsHuber, Field(discriminator="name")]
+Loss: TypeAlias = Annotated[
+    SquaredL2 | L2 | PseudoHuber | Perceptual | LpipsHuber, Field(discriminator="name")
+]
+
+
+def of_some(distance: Distance, chosen: Tensor, scale: float) -> Distance:
+    """`distance` times `scale` of the `chosen` samples, [B] bool, and 0 of the others.
+
+    With `scale` the inverse of a sample's probability to be chosen, expectation and gradient stay.
+    """
+
+    def scaled(x_hat: Tensor, x: Tensor) -> Tensor:
+        rows = chosen.to(x_hat.device).nonzero()[:, 0]
+        if not len(rows):  # the others of a batch that processes share
+            return x_hat.flatten(1).sum(1) * 0
+        found = distance(x_hat[rows], x[rows])
+        return found.new_zeros(len(x_hat)).index_copy(0, rows, scale * found)
+
+    return scaled
 
 
 def pseudo_huber(v_hat: Tensor, v: Tensor, c: float | None = None) -> Tensor:
@@ -165,5 +259,8 @@ def _inside(t: Tensor) -> Tensor:
 
 def _perceptual(v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None) -> Tensor:
     if perceptual is None:
-        raise MissingInput("the loss needs a perceptual distance: choose squared-l2 or pseudo-huber")
+        raise MissingInput(
+            "the loss needs a perceptual distance, and no classifier ships for these data: give it "
+            "distance: {name: lpips}, or choose squared-l2 or pseudo-huber"
+        )
     return perceptual(x0_from_velocity(x_t, v_hat, t), x0_from_velocity(x_t, v, t))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from flowdistill.errors import (
     UsageError,
     unknown,
 )
+from flowdistill.processes import World
 from flowdistill.recipe import Recipe, Reference
 from flowdistill.references import references
 from flowdistill.stages import Stage
@@ -32,6 +33,7 @@ from flowdistill.work import Progress, Stop, Work
 
 STARTED = "started.json"
 TEACHER = "teacher"
+_ALONE = World()
 
 State = Literal["done", "stale", "partial", "missing"]
 
@@ -135,13 +137,14 @@ class Pipeline:
         observe: Callable[[Event], None],
         stop: Stop,
         parallel: Callable[[str], None] | None = None,
+        world: World = _ALONE,
     ) -> None:
         """Do stage `target` (None: all) and, unless `only`, what it needs and is not done.
 
-        A stage that can be shared is done together with whoever else is at it. `parallel`, where it is given,
-        does such a stage by its name, in other processes.
+        A shared stage is done together with whoever else is at it, a collective one by the processes of
+        `world`. `parallel`, where it is given, does such stages by their names, in other processes.
         """
-        chosen = list(self.stages) if target is None else self._needed(target)
+        chosen = self.needed(target)
         standings = {standing.stage: standing for standing in self.status()}
         if only and target is not None:
             missing = [name for name in chosen[:-1] if standings[name].state != "done"]
@@ -158,19 +161,43 @@ class Pipeline:
             if fresh:
                 with artifact.lock(self.out):
                     standing = self._standing(name, standings)
-                    if standing.conflicts or name in redo or standing.state == "partial":
+                    anew = standing.conflicts or name in redo or standing.state == "partial"
+                    if anew and standing.folder.exists():
                         _set_aside(standing.folder)
-            with artifact.lock(self.out, shared=self.stages[name].shared):
+            launched = parallel is not None and self._launch(name, standings, stop, parallel)
+            if self.stages[name].collective:
+                world.wait()  # for those who still share the stage before
+            with self._held(name, world):
                 standing = standings[name] = self._standing(name, standings)
                 if standing.state == "done" and standing.manifest:
-                    observe(Finished(name, standing.verb, standing.folder, standing.manifest, skipped=True))
+                    skipped = not launched
+                    observe(Finished(name, standing.verb, standing.folder, standing.manifest, skipped))
                     continue
                 _refuse([standing])
                 stop.check()
                 observe(Started(name, standing.verb))
-                manifest = self._do(self.work(name, device, observe, stop), parallel)
+                manifest = self._do(replace(self.work(name, device, observe, stop), world=world))
                 standings[name] = self._standing(name, standings)
                 observe(Finished(name, standing.verb, standing.folder, manifest, skipped=False))
+
+    def _launch(
+        self, name: str, standings: Mapping[str, Standing], stop: Stop, parallel: Callable[[str], None]
+    ) -> bool:
+        """Do a stage in other processes, if it can be and is not done; whether that was so."""
+        stage, standing = self.stages[name], self._standing(name, standings)
+        if standing.state == "done" or not (stage.shared or stage.collective):
+            return False
+        _refuse([standing])
+        stop.check()
+        parallel(name)
+        return True
+
+    def _held(self, name: str, world: World) -> AbstractContextManager[None]:
+        """The folder of the results, against others; the first process holds it for those in step with it."""
+        stage = self.stages[name]
+        if stage.collective and world.rank:
+            return nullcontext()
+        return artifact.lock(self.out, shared=stage.shared)
 
     def work(self, name: str, device: str, observe: Callable[[Event], None], stop: Stop) -> Work:
         """What stage `name` is given to run."""
@@ -188,8 +215,12 @@ class Pipeline:
             stop=stop,
         )
 
-    def _do(self, work: Work, parallel: Callable[[str], None] | None) -> artifact.Manifest:
+    def _do(self, work: Work) -> artifact.Manifest:
         stage = self.stages[work.stage]
+        if stage.collective and work.world.rank:
+            stage.run(work)
+            work.world.wait()
+            return artifact.Manifest.read(work.folder)
         started = datetime.now(UTC)
         _same_device(work.folder, work.device)
         begun = {
@@ -205,9 +236,10 @@ class Pipeline:
         try:
             with artifact.joined(work.folder):
                 artifact.save_json(work.folder / STARTED, begun)
-                if parallel is not None and stage.shared:
-                    parallel(work.stage)
-                return seal(stage, work, self.recipe.seed, started)
+                manifest = seal(stage, work, self.recipe.seed, started)
+            if stage.collective:
+                work.world.wait()
+            return manifest
         except Interrupted:
             raise
         except FlowdistillError:
@@ -229,7 +261,7 @@ class Pipeline:
         conflicts = _differences({"seed": before["seed"]}, {"seed": self.recipe.seed})
         conflicts += _differences(before["settings"], self.recipe.settings_json(name))
         waits = [
-            f"input {e} is {earlier[e].state}" for e in self._needed(name)[:-1] if earlier[e].state != "done"
+            f"input {e} is {earlier[e].state}" for e in self.needed(name)[:-1] if earlier[e].state != "done"
         ]
         if not waits:
             conflicts += _differences(before["inputs"], self._parents(name), "input ")
@@ -241,8 +273,10 @@ class Pipeline:
         """Field -> resolved reference (or list of them) of a stage."""
         return dict(self.recipe.references[name])
 
-    def _needed(self, name: str) -> list[str]:
-        """The stage and all that it rests on, in the recipe's order."""
+    def needed(self, name: str | None) -> list[str]:
+        """The stage and all that it rests on, in the recipe's order; None: all."""
+        if name is None:
+            return list(self.stages)
         needed, queue = {name}, [name]
         while queue:
             for reference in _flat(self._references(queue.pop()).values()):

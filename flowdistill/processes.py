@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ LAUNCHED = "FLOWDISTILL_LAUNCHED"
 """In the environment of processes that another one of ours has started, and speaks for."""
 _STARTS = 4
 """So often are all processes started where one was killed each time."""
-_ROLL_CALL = timedelta(minutes=5)
+_PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -40,6 +42,13 @@ class World:
     rank: int = 0
     size: int = 1
 
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
 
 def launched() -> int:
     """How many processes torchrun, accelerate or another launcher has started; 1 where there is none."""
@@ -47,8 +56,11 @@ def launched() -> int:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def joined(device: str, collective: bool) -> Iterator[World]:
     """The world that a launcher has set up, once all are there; of one process where there is none.
+
+    Where the work is not `collective`, nothing but the roll is called, by gloo on GPUs too, which does not
+    mind a process that dies.
 
     Raises `UsageError` where fewer processes came up than were asked for.
     """
@@ -58,8 +70,8 @@ def joined(device: str) -> Iterator[World]:
         return
     from accelerate import PartialState
 
-    # gloo on GPUs too: nothing but the roll is called, and it does not mind a process that dies.
-    state = PartialState(cpu=device == "cpu", backend="gloo", timeout=_ROLL_CALL)
+    backend = None if collective else "gloo"
+    state = PartialState(cpu=device == "cpu", backend=backend, timeout=_PATIENCE)
     try:
         if state.num_processes != asked:
             raise UsageError(
@@ -69,6 +81,13 @@ def joined(device: str) -> Iterator[World]:
     finally:
         with suppress(Exception):  # others may be gone
             state.destroy_process_group()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another process, which was waited for, is gone."""
+    torch = sys.modules.get("torch")
+    by_type = isinstance(error, getattr(getattr(torch, "distributed", None), "DistBackendError", ()))
+    return by_type or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def launch(arguments: Sequence[str], count: int, tell: Callable[[str], None]) -> None:
@@ -92,7 +111,6 @@ def launch(arguments: Sequence[str], count: int, tell: Callable[[str], None]) ->
 
 def _launch(arguments: Sequence[str], count: int, logs: Path) -> int | None:
     """One try; the number of the process that was killed, None where all is done."""
-    import sys
     import uuid
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -117,9 +135,10 @@ def _launch(arguments: Sequence[str], count: int, logs: Path) -> int | None:
     except SignalException as error:
         raise Interrupted(error.sigval) from None
     except ChildFailedError as error:
+        for rank, failure in error.failures.items():
+            if failure.exitcode == -signal.SIGKILL:  # the others may have failed for want of it
+                return rank
         rank, failure = error.get_first_failure()
-        if failure.exitcode == -signal.SIGKILL:
-            return rank
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         said = "".join(each.read_text(errors="replace") for each in logs.rglob(f"{rank}/stderr.log"))
         raise WorkersFailed(rank, code, said) from None

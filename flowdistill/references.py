@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from flowdistill.errors import Problem, listed, quoted, unknown
+from flowdistill.settings import models_in
 from flowdistill.yaml_nodes import Node, Place, join
 
 TEACHER = "teacher"
@@ -31,6 +32,8 @@ class Reference:
     field may be a list of such values; a default other than None is taken as if it were written.
 
     With `files` it is no artifact of ours: a file or folder, or one of `names`, which stand for themselves.
+    An optional reference may also stand in settings inside a stage's; its key is dotted then, as in
+    `loss.distance.weights`, and is an input only where it is written.
     """
 
     kind: str
@@ -69,8 +72,13 @@ class Resolver:
     def inputs(self, model: type[BaseModel], keys: dict[str, Node], stage: int) -> dict[str, Resolved]:
         """Field -> what it leads to, for a stage with settings `keys`; what they lack is added."""
         resolved: dict[str, Resolved] = {}
-        for field, info, reference in _marked(model):
+        for field, (info, reference) in _marked(model).items():
             key = join("", self.products[stage].name, field)
+            if "." in field:
+                inner = _inside(keys, field)
+                if inner is not None:
+                    resolved[field] = self._one(key, inner, reference, stage)
+                continue
             if field not in keys or keys[field].value is None:
                 chosen = self._left_out(key, info, reference, stage)
                 if chosen is None:
@@ -141,14 +149,30 @@ class Resolver:
 
 def references(model: type[BaseModel]) -> dict[str, Reference]:
     """Field -> what it refers to."""
-    return {field: reference for field, _, reference in _marked(model)}
+    return {field: reference for field, (_, reference) in _marked(model).items()}
 
 
-def _marked(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo, Reference]]:
+def _marked(model: type[BaseModel], prefix: str = "") -> dict[str, tuple[FieldInfo, Reference]]:
+    """Fields that are references, those of settings inside dotted; several choices may share one."""
+    found = {}
     for field, info in model.model_fields.items():
         for mark in info.metadata:
             if isinstance(mark, Reference):
-                yield field, info, mark
+                found[f"{prefix}{field}"] = info, mark
+        for inner in models_in(info.annotation):
+            found |= _marked(inner, f"{prefix}{field}.")
+    return found
+
+
+def _inside(keys: Mapping[str, Node], field: str) -> Node | None:
+    """The node at a dotted key; None where nothing is written there."""
+    first, _, rest = field.partition(".")
+    node = keys.get(first)
+    if node is None or node.value is None:
+        return None
+    if not rest:
+        return node
+    return _inside(node.value, rest) if isinstance(node.value, dict) else None
 
 
 def _only_lists(annotation: Any) -> bool:

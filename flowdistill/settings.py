@@ -99,7 +99,7 @@ class _Fault:
             self._labelled = True
         elif isinstance(inside, dict) and isinstance(part, str) and part in inside:
             fields = [m.model_fields[part] for m in self.models if part in m.model_fields]
-            self.models = [m for field in fields for m in _models(field.annotation)]
+            self.models = [m for field in fields for m in models_in(field.annotation)]
             self._descend(part, inside[part])
         elif isinstance(inside, list) and isinstance(part, int) and part < len(inside):
             self._descend(part, inside[part])
@@ -146,12 +146,12 @@ def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models that occur in a type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
-        yield from _models(inner)
+        yield from models_in(inner)
 
 
 def _key_problems(faults: list[_Fault], key: str) -> Iterator[Problem]:

@@ -49,6 +49,10 @@ class Draws:
         """[B] in [0, 1), float64, on the CPU: not every device has this type."""
         return randomness.uniforms(self.seed, purpose, self.step, self.total)[self.part]
 
+    def chosen(self, purpose: str, count: int) -> Tensor:
+        """Whether each is among `count` of the whole batch, all equally likely, [B] bool on the CPU."""
+        return randomness.permutation(self.seed, purpose, self.step, self.total)[self.part] < count
+
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """[B, *shape] standard normal, float32."""
         return randomness.noise(randomness.key(self.seed, purpose), self.numbers, shape).to(self.device)

@@ -25,9 +25,9 @@ from flowdistill.teachers import Card, Model
 from flowdistill.work import Done, Progress
 
 if TYPE_CHECKING:
-    from flowdistill.objectives import Distance
+    from flowdistill.objectives import Distance, Labelled
     from flowdistill.stages import Ema, Optimizer, Training
-    from flowdistill.work import Work
+    from flowdistill.work import Stop, Work
 
 CHECKPOINT = "checkpoints/last.safetensors"
 LOG = "log.jsonl"
@@ -186,6 +186,7 @@ def fit(stage: Training, work: Work) -> Done:
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=work.device == "cpu", mixed_precision=_MIXED[stage.precision])
     student = stage.student(work)
+    perceptual = stage.perceptual(work, student.card)
     network = student.network.to(accelerator.device).train()
     state = State(network, make_optimizer(stage.optimizer, network), stage.ema)
     key = artifact.digest([dict(work.settings), dict(work.parents), work.seed])
@@ -203,7 +204,7 @@ def fit(stage: Training, work: Work) -> Done:
             state.save(path, key, accelerator.scaler.state_dict() if accelerator.scaler else {})
 
     started, first, figures = time.monotonic(), state.step, {}
-    for batch in _batches(stage, work, student.card, accelerator, state.step):
+    for batch in _batches(stage, work, student.card, perceptual, accelerator, state.step):
         rate = stage.optimizer.lr_at(state.step, stage.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -219,20 +220,32 @@ def fit(stage: Training, work: Work) -> Done:
         per_second = (state.step - first) * stage.batch_size / (time.monotonic() - started)
         shown = {"loss": terms["loss"], "images/s": per_second}
         work.report(Progress(state.step, stage.steps, "step", shown))
+        _agree(work.stop, accelerator)
         if work.stop.signum or state.step % stage.checkpoint_every == 0 or state.step == stage.steps:
             save()
         work.stop.check()
-    return _finish(stage, work, student, state, figures, started, first)
+    if not accelerator.is_main_process:
+        return Done((MODEL, LOG), figures)
+    return _finish(stage, work, student, perceptual, state, figures, started, first)
 
 
-def _batches(stage: Training, work: Work, card: Card, accelerator: Any, first: int) -> Iterator[Batch]:
+def _agree(stop: Stop, accelerator: Any) -> None:
+    """A signal to one process is one to all: they have to stop behind the same step."""
+    if accelerator.num_processes > 1:
+        signums = accelerator.gather(torch.tensor([stop.signum], device=accelerator.device))
+        stop.signum = int(signums.max())
+
+
+def _batches(
+    stage: Training, work: Work, card: Card, perceptual: Distance | None, accelerator: Any, first: int
+) -> Iterator[Batch]:
     """This process's part of each remaining batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     if stage.batch_size % world:
         raise UsageError(f"{work.stage}.batch_size: {stage.batch_size} does not divide by {world} processes")
     size = stage.batch_size // world
     part = slice(rank * size, (rank + 1) * size)
-    source, perceptual = stage.source(work), stage.perceptual(card)
+    source = stage.source(work)
     for step in range(first, stage.steps):
         draw = Draws(work.seed, step, part, stage.batch_size, accelerator.device)
         x0, eps, labels = source.batch(draw)
@@ -269,6 +282,7 @@ def _finish(
     stage: Training,
     work: Work,
     student: Model,
+    perceptual: Labelled | None,
     state: State,
     figures: dict[str, float],
     started: float,
@@ -276,6 +290,8 @@ def _finish(
 ) -> Done:
     student.network.load_state_dict(state.average)
     measured = stage.conclude(student.network.eval())
+    if perceptual is not None:
+        measured = {"perceptual_distance": perceptual.label, **measured}
     finished = replace(student, card=student.card.model_copy(update={"figures": measured}))
     finished.write(work.folder / MODEL, stage.weights)
     seconds = time.monotonic() - started
@@ -283,5 +299,8 @@ def _finish(
         "images_per_second": (state.step - first) * stage.batch_size / seconds,
         "seconds": seconds,
     }
-    size = {"parameters": sum(p.numel() for p in student.network.parameters())}
+    size = {
+        "parameters": sum(p.numel() for p in student.network.parameters()),
+        "processes": work.world.size,
+    }
     return Done((MODEL, LOG), {**figures, **measured, **size, **rates}, _DTYPES[stage.precision])

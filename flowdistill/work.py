@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowdistill.errors import Interrupted
+from flowdistill.processes import World
 
 if TYPE_CHECKING:
     from flowdistill.pairstore import PairStore
@@ -81,6 +82,8 @@ class Work:
     """The stage's resolved section of the recipe."""
     report: Callable[[Progress], None]
     stop: Stop
+    world: World = World()
+    """The processes that do a collective stage together."""
 
     def model(self, reference: str = "model") -> Model:
         """Open the model that the field `reference` names; ArtifactError where it fails the probe."""

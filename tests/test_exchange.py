@@ -1339,8 +1339,9 @@ def test_an_import_that_is_cut_off_goes_on_to_the_same_bytes(
     assert [rows for rows in asked if len(rows) <= 3] == [[18, 19]]  # the rest is there
     assert made == replace(whole, folder=tmp_path / "parts")
     assert store_bytes(tmp_path / "parts") == store_bytes(tmp_path / "whole")
+    done = content(tmp_path / "parts")
     import_pairs(source, tmp_path / "parts", shard_size=3)  # there is nothing left to do
-    assert store_bytes(tmp_path / "parts") == store_bytes(tmp_path / "whole")
+    assert content(tmp_path / "parts") == done  # its date among it
 
 
 @pytest.mark.parametrize("form", FORMS)

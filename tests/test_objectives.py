@@ -16,8 +16,10 @@ from torch import Tensor
 
 from flowdistill.errors import MissingInput
 from flowdistill.objectives import (
+    L2,
     LogitNormal,
     Loss,
+    Lpips,
     LpipsHuber,
     Perceptual,
     PseudoHuber,
@@ -25,6 +27,7 @@ from flowdistill.objectives import (
     Timesteps,
     Uniform,
     UShaped,
+    of_some,
     wcfm_weight,
 )
 
@@ -91,6 +94,7 @@ def test_defaults_are_the_papers() -> None:
     assert (LogitNormal().mean, LogitNormal().std) == (0.0, 1.0)
     assert PseudoHuber().c is None
     assert LpipsHuber().divide_by_t is False
+    assert Lpips() == Lpips(net="vgg", pooling="average", resolution=224, precision="fp32", weights=None)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,14 @@ def test_recipes_of_times(recipe: dict[str, Any], expected: object) -> None:
     [
         ({"name": "squared-l2"}, SquaredL2()),
         ({"name": "pseudo-huber", "c": 0.1}, PseudoHuber(c=0.1)),
+        ({"name": "l2"}, L2()),
         ({"name": "perceptual"}, Perceptual()),
+        ({"name": "perceptual", "distance": {"name": "lpips"}}, Perceptual(distance=Lpips())),
+        ({"name": "perceptual", "distance": {}, "share": 0.5}, Perceptual(distance=Lpips(), share=0.5)),
+        (
+            {"name": "lpips-huber", "distance": {"name": "lpips", "net": "alex", "resolution": "native"}},
+            LpipsHuber(distance=Lpips(net="alex", resolution="native")),
+        ),
         ({"name": "lpips-huber", "divide_by_t": True}, LpipsHuber(divide_by_t=True)),
     ],
 )
@@ -143,7 +154,24 @@ def test_wrong_recipes_of_times_are_refused(recipe: dict[str, Any]) -> None:
         TypeAdapter(Timesteps).validate_python(recipe)
 
 
-@pytest.mark.parametrize("recipe", [{"name": "l2"}, {"name": "pseudo-huber", "c": 0.0}, {}])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"name": "l3"},
+        {"name": "pseudo-huber", "c": 0.0},
+        {},
+        {"name": "squared-l2", "distance": {"name": "lpips"}},
+        {"name": "perceptual", "share": 0.0},
+        {"name": "perceptual", "share": 1.1},
+        {"name": "perceptual", "distance": {"name": "dists"}},
+        {"name": "perceptual", "distance": {"net": "vgg19"}},
+        {"name": "perceptual", "distance": {"resolution": "large"}},
+        {"name": "perceptual", "distance": {"net": "vgg", "resolution": 15}},
+        {"name": "perceptual", "distance": {"net": "squeeze", "resolution": 23}},
+        {"name": "perceptual", "distance": {"net": "alex", "resolution": 31}},
+        {"name": "perceptual", "distance": {"resolution": True}},
+    ],
+)
 def test_wrong_recipes_of_losses_are_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(Loss).validate_python(recipe)
@@ -189,6 +217,49 @@ def test_squared_l2_is_the_mean_square() -> None:
     assert terms == {}
 
 
+def test_l2_is_the_root_of_the_mean_square() -> None:
+    parts = batch(5, 3, 4, 4)
+    loss, terms = L2()(**parts, perceptual=None)
+    torch.testing.assert_close(loss, SquaredL2()(**parts, perceptual=None)[0].sqrt())
+    assert terms == {}
+
+
+def enlarged_mse(x_hat: Tensor, x: Tensor) -> Tensor:
+    """What stood in for LPIPS when the original code made the fixture."""
+    x_hat, x = (
+        torch.nn.functional.interpolate(each, size=(224, 224), mode="bilinear") * 0.5 + 0.5
+        for each in (x_hat, x)
+    )
+    return (x_hat - x).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(
+    "key, loss",
+    [
+        ("l2", L2()),
+        ("l2_squared", SquaredL2()),
+        ("huber", PseudoHuber()),
+        ("stub_mse224", Perceptual()),
+        ("E_lpips_huber", LpipsHuber()),
+        ("F_lpips_huber_divt", LpipsHuber(divide_by_t=True)),
+    ],
+)
+def test_losses_are_those_of_rf_plus_plus(key: str, loss: Any) -> None:
+    case = json.loads((FIXTURES / "rfpp_losses.json").read_text())
+
+    def normal(seed: int) -> Tensor:
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal((4, 3, 32, 32)).astype("float32"))
+
+    x, z = normal(1).tanh(), normal(2)
+    error = 0.05 * torch.tensor([0.1, 1, 5, 20]).reshape(4, 1, 1, 1) * normal(3)
+    t = torch.tensor(case["t"])
+    at = t.reshape(4, 1, 1, 1)
+    found, _ = loss(z - x + error, z - x, (1 - at) * x + at * z, t, enlarged_mse)
+    assert found.dtype == torch.float32
+    # The first sample's images differ by 1e-8, which float32 can hardly hold.
+    np.testing.assert_allclose(found.numpy(), case[key], rtol=2e-5, atol=1e-12)
+
+
 @pytest.mark.parametrize("c", [None, 0.5])
 def test_pseudo_huber_by_hand(c: float | None) -> None:
     parts = batch(5, 3, 4, 4)
@@ -231,7 +302,7 @@ def squares(x_hat: Tensor, x: Tensor) -> Tensor:
     return (x_hat - x).square().flatten(1).sum(1)
 
 
-LOSSES = [SquaredL2(), PseudoHuber(), Perceptual(), LpipsHuber(), LpipsHuber(divide_by_t=True)]
+LOSSES = [SquaredL2(), L2(), PseudoHuber(), Perceptual(), LpipsHuber(), LpipsHuber(divide_by_t=True)]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
@@ -264,7 +335,36 @@ def test_a_perceptual_loss_without_a_distance_is_refused(loss: Any) -> None:
 
 
 def test_losses_say_whether_they_need_a_distance() -> None:
-    assert [loss.needs_perceptual for loss in LOSSES] == [False, False, True, True, True]
+    assert [loss.needs_perceptual for loss in LOSSES] == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("loss", [Perceptual(), LpipsHuber(divide_by_t=True)], ids=repr)
+def test_the_term_of_a_share_has_the_mean_and_gradient_of_all(loss: Any) -> None:
+    parts = batch(4, 2, 3, 3)
+    v_hat = parts["v_hat"].requires_grad_()
+    whole = loss(**parts, perceptual=squares)[0].mean()
+    # Every sample is chosen in 1 of 4 choices.
+    some = [loss(**parts, perceptual=of_some(squares, row, 4.0))[0].mean() for row in torch.eye(4).bool()]
+    torch.testing.assert_close(torch.stack(some).mean(), whole)
+    (expected,) = torch.autograd.grad(whole, v_hat)
+    (found,) = torch.autograd.grad(torch.stack(some).mean(), v_hat)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_distance_of_those_not_chosen_is_not_computed() -> None:
+    x_hat, x = torch.zeros(4, 1, 2, 2, requires_grad=True), torch.ones(4, 1, 2, 2)
+    seen: list[int] = []
+
+    def counted(x_hat: Tensor, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return squares(x_hat, x)
+
+    some = of_some(counted, torch.tensor([True, False, False, True]), 2.0)(x_hat, x)
+    assert some.tolist() == [8.0, 0.0, 0.0, 8.0]
+    none = of_some(counted, torch.zeros(4, dtype=torch.bool), 2.0)(x_hat, x)
+    none.sum().backward()
+    assert none.tolist() == [0.0] * 4 and x_hat.grad is not None and not x_hat.grad.any()
+    assert seen == [2]
 
 
 # Weights

@@ -261,7 +261,7 @@ def test_a_store_of_another_spec_is_left_alone(tmp_path: Path, changes: dict[str
     PairWriter(tmp_path, a_spec()).close()  # and it is not locked
 
 
-@pytest.mark.parametrize("name", ["journal.jsonl", "shards/something.bin"])
+@pytest.mark.parametrize("name", ["journal.jsonl", "shards/something.bin", "notes.txt"])
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"precious")

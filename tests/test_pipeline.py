@@ -80,6 +80,10 @@ def test_only_refuses_what_is_not_ready(recipe: Path) -> None:
     assert states(made)["pairs"] == "done"
 
 
+def test_fresh_makes_what_was_never_made(recipe: Path) -> None:
+    assert run(pipeline(recipe), "pairs", fresh=True) == ["pairs"]
+
+
 def test_references_choose_the_nearest_or_the_named(recipe: Path) -> None:
     inputs = {standing.stage: dict(standing.inputs) for standing in pipeline(recipe).status()}
     assert inputs["reflow"] == {"pairs": "pairs", "init": "teacher"}

@@ -22,7 +22,7 @@ RECIPE = """
 teacher: {name: analytic:ring}
 stages:
   - pairs: {count: 320, solver: rk4, steps: 60, batch_size: 16, shard_size: 16, dtype: float32, check: 8}
-  - reflow: {steps: 1, batch_size: 4, network: {name: mlp, width: 8, depth: 1}, loss: {name: squared-l2}}
+  - boss: {model: teacher, nfe: [2], grid: 4, trajectories: 2, held_out: 8}
 """
 SHARDS = 20
 MADE_EACH_TIME = ("manifest.json",)  # its dates and rates
@@ -46,8 +46,8 @@ def made(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in content(out / "pairs").items() if name not in MADE_EACH_TIME}
 
 
-def command(recipe: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "flowdistill", "pairs", str(recipe), "--out", str(out), "-q", *more]
+def command(recipe: Path, out: Path, *more: str, verb: str = "pairs") -> list[str]:
+    return [sys.executable, "-m", "flowdistill", verb, str(recipe), "--out", str(out), "-q", *more]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -56,14 +56,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def gloo(recipe: Path, out: Path, size: int) -> Iterator[list[subprocess.Popen[str]]]:
+def gloo(recipe: Path, out: Path, size: int, verb: str = "pairs") -> Iterator[list[subprocess.Popen[str]]]:
     """The processes of one world, as a launcher starts them; whoever is left at the end is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            command(recipe, out),
+            command(recipe, out, verb=verb),
             env=environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
@@ -196,8 +196,8 @@ def children(process: int) -> list[int]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["reflow"], "'reflow' is not for several processes"),
-        (["run"], "'reflow' is not for several processes"),
+        (["boss"], "'boss' is not for several processes"),
+        (["run"], "'boss' is not for several processes"),
         (["pairs", "--fresh"], "--fresh and --procs are for one process"),
         (["pairs", "--procs", "2"], "--fresh and --procs are for one process"),
     ],

@@ -99,6 +99,15 @@ def joined(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     return [None if column[0] is None else torch.cat(column) for column in columns]  # type: ignore[arg-type]
 
 
+def test_the_chosen_of_a_batch_are_exactly_so_many_in_any_number_of_processes() -> None:
+    found = torch.stack([draws(step, 12).chosen("some", 3) for step in range(400)])
+    assert (found.sum(1) == 3).all()
+    assert ((found.double().mean(0) - 0.25).abs() < 5 * (0.25 * 0.75 / 400) ** 0.5).all()
+    parts = [draws(7, 12, slice(first, first + 4)).chosen("some", 3) for first in (0, 4, 8)]
+    assert torch.equal(torch.cat(parts), found[7])
+    assert not torch.equal(draws(7, 12).chosen("others", 3), found[7])
+
+
 # One store -------------------------------------------------------------------------------------------------
 
 

@@ -73,48 +73,6 @@ def run(
     )
 
 
-def pairs(
-    context: typer.Context,
-    recipe: Recipe,
-    stage: StageName = None,
-    only: Only = False,
-    overrides: Overrides = None,
-    out: Out = None,
-    device: Device = "auto",
-    procs: Procs = 1,
-    seed: Seed = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Reads the recipe and the inputs of its stage 'pairs'; writes the stage's folder, its manifest last.
-    Inputs that are not done are made first. Any number of these commands may work on one folder, also under
-    torchrun, accelerate or Slurm and on several machines that share it; each takes the shards that no other
-    has.
-
-    \b
-    Examples:
-      flowdistill pairs recipe.yaml --procs 2
-      flowdistill pairs recipe.yaml --seed 1 --out runs/seed1
-    """
-    pipeline = options.open_recipe(recipe, overrides, seed, out)
-    target = pipeline.select("pairs", stage)
-    again = _again(recipe, overrides, seed, out, device)
-    _work(
-        context.obj,
-        pipeline,
-        target,
-        device,
-        procs=procs,
-        again=again,
-        only=only,
-        fresh=fresh,
-        as_json=as_json,
-        quiet=quiet,
-    )
-
-
 def stage_command(verb: str) -> Callable[..., None]:
     """The command of any verb that needs nothing of its own."""
 
@@ -126,6 +84,7 @@ def stage_command(verb: str) -> Callable[..., None]:
         overrides: Overrides = None,
         out: Out = None,
         device: Device = "auto",
+        procs: Procs = 1,
         seed: Seed = None,
         fresh: Fresh = False,
         as_json: Json = False,
@@ -134,17 +93,37 @@ def stage_command(verb: str) -> Callable[..., None]:
     ) -> None:
         pipeline = options.open_recipe(recipe, overrides, seed, out)
         target = pipeline.select(verb, stage)
-        _work(context.obj, pipeline, target, device, only=only, fresh=fresh, as_json=as_json, quiet=quiet)
+        _work(
+            context.obj,
+            pipeline,
+            target,
+            device,
+            procs=procs,
+            again=_again(recipe, overrides, seed, out, device),
+            only=only,
+            fresh=fresh,
+            as_json=as_json,
+            quiet=quiet,
+        )
 
     command.__doc__ = f"""Reads the recipe and the inputs of its stage '{verb}'; writes the stage's folder,
-    its manifest last. Inputs that are not done are made first.
+    its manifest last. Inputs that are not done are made first. {_TOGETHER.get(verb, _IN_STEP)}
 
     \b
     Examples:
       flowdistill {verb} recipe.yaml
-      flowdistill {verb} recipe.yaml --seed 1 --out runs/seed1
+      flowdistill {verb} recipe.yaml --procs 2 --seed 1 --out runs/seed1
     """
     return command
+
+
+_IN_STEP = """Several processes, of --procs or a launcher such as
+    torchrun, train on parts of each batch."""
+_TOGETHER = {
+    "pairs": """Any number of processes, of --procs, a
+    launcher or started one by one, on this machine or on others that share the folder, each take the shards
+    that no other has."""
+}
 
 
 def boss(
@@ -225,7 +204,7 @@ def evaluate(
     _work(context.obj, pipeline, chosen, device, only=only, fresh=fresh, as_json=as_json, quiet=quiet)
 
 
-OWN_COMMANDS: dict[str, Callable[..., None]] = {"pairs": pairs, "boss": boss, "eval": evaluate}
+OWN_COMMANDS: dict[str, Callable[..., None]] = {"boss": boss, "eval": evaluate}
 """Verbs whose command takes more than a recipe."""
 
 
@@ -336,7 +315,10 @@ def _work(
 
     if processes.launched() > 1:
         _check_shareable(pipeline, target, fresh or procs > 1)
-    with processes.joined(chosen) as world, console.progress(quiet or world.rank > 0) as show:
+    with (
+        processes.joined(chosen, _is_collective(pipeline, target)) as world,
+        console.progress(quiet or world.rank > 0) as show,
+    ):
 
         def observe(event: Event) -> None:
             if isinstance(event, Finished):
@@ -352,6 +334,7 @@ def _work(
             observe=observe,
             stop=stop,
             parallel=in_processes if procs > 1 else None,
+            world=world,
         )
     if world.rank:
         return
@@ -370,13 +353,22 @@ def _again(
     return named if out is None else [*named, "--out", str(out)]
 
 
+def _can_share(pipeline: Pipeline, name: str) -> bool:
+    stage = pipeline.stages[name]
+    return stage.shared or stage.collective
+
+
+def _is_collective(pipeline: Pipeline, target: str | None) -> bool:
+    """Whether processes will have to be in step."""
+    return any(pipeline.stages[name].collective for name in pipeline.needed(target))
+
+
 def _check_shareable(pipeline: Pipeline, target: str | None, alone: bool) -> None:
     """Refuse what several processes that a launcher has started cannot do together."""
-    names = [target] if target else list(pipeline.stages)
-    for name in names:
-        if not pipeline.stages[name].shared:
+    for name in pipeline.needed(target):
+        if not _can_share(pipeline, name):
             raise UsageError(
-                f"stage '{name}' is not for several processes: do it in one, and `pairs` under the launcher"
+                f"stage '{name}' is not for several processes: do it in one, and others under the launcher"
             )
     if alone:
         raise UsageError("--fresh and --procs are for one process: leave them out under a launcher")

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from flowdistill import artifact
-from flowdistill.errors import ArtifactError, MissingInput, UsageError
+from flowdistill.errors import ArtifactError, MissingInput, UsageError, listed
 from flowdistill.pairstore.journal import JOURNAL, Committed, Journal
 from flowdistill.pairstore.spec import (
     SHARDS,
@@ -25,6 +25,8 @@ from flowdistill.pairstore.spec import (
     write_spec,
 )
 
+_BESIDE = ("started.json", "check.safetensors")
+"""What a stage puts into the folder before there is a store."""
 _POLL_S = 0.2
 """Between two looks at whether a shard of another process has come free."""
 
@@ -195,20 +197,21 @@ def _sorted_out(folder: Path, spec: PairSpec) -> tuple[list[int], list[int]]:
 def refuse_others(folder: Path, spec: PairSpec) -> bool:
     """Whether the folder is a store of this spec already; UsageError where it is anything else."""
     # In this order: another writer may be at it, and makes a store's spec first.
-    holds_pairs = (folder / JOURNAL).exists() or (folder / SHARDS).exists()
+    there = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    strangers = [name for name in there if name not in _BESIDE and not name.startswith(".")]
     if (folder / STORE).exists():
         found, asked = read_spec(folder).flat(), spec.flat()
         keys = sorted(key for key in found | asked if found.get(key) != asked.get(key))
         if keys:
-            listed = ", ".join(f"{key} {found.get(key)!r} -> {asked.get(key)!r}" for key in keys)
+            changes = ", ".join(f"{key} {found.get(key)!r} -> {asked.get(key)!r}" for key in keys)
             raise UsageError(
-                f"{folder}: holds other pairs ({listed})\n"
+                f"{folder}: holds other pairs ({changes})\n"
                 "restore these settings, or write to another folder; nothing was changed"
             )
         return True
-    if holds_pairs:
+    if strangers:
         raise UsageError(
-            f"{folder}: holds something else ({STORE} is missing), nothing was changed\n"
+            f"{folder}: holds something else ({listed(strangers)}, and no {STORE}), nothing was changed\n"
             "remove the folder, or write to another one"
         )
     return False

@@ -23,7 +23,7 @@ from flowdistill.work import Cost, Done, Figures, Work
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flowdistill.objectives import Distance
+    from flowdistill.objectives import Labelled
     from flowdistill.sources import Source
     from flowdistill.teachers import Card, Model
     from flowdistill.training import Batch
@@ -34,7 +34,9 @@ class Stage(StageSettings):
 
     verb: ClassVar[str]
     shared: ClassVar[bool] = False
-    """Whether several processes may do the stage together."""
+    """Whether any number of processes may do the stage, each what the others leave."""
+    collective: ClassVar[bool] = False
+    """Whether the processes of one launch can do the stage in step."""
 
     def run(self, work: Work) -> Done:
         """Write the artifact into `work.folder`, continuing what an earlier run left there.
@@ -130,6 +132,7 @@ class Training(Stage):
     """A stage that trains a network: its subclass is a loss per sample, the loop is `training.fit`."""
 
     produces: ClassVar[str] = "model"
+    collective: ClassVar[bool] = True
 
     steps: int = Field(gt=0, description="optimizer steps")
     batch_size: int = Field(128, gt=0, description="samples in a step, over all processes")
@@ -153,7 +156,7 @@ class Training(Stage):
         """Where the batches come from."""
         raise NotImplementedError
 
-    def perceptual(self, card: Card) -> Distance | None:
+    def perceptual(self, work: Work, card: Card) -> Labelled | None:
         """The perceptual distance for what the student makes, for a loss that needs one."""
         return None
 

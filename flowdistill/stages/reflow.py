@@ -9,12 +9,13 @@ optimum (hence LPIPS-Huber, Sec. 4.2). The student starts from the teacher's wei
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from flowdistill.architectures import Architecture, arguments
-from flowdistill.objectives import Loss, LpipsHuber, Timesteps, UShaped
+from flowdistill.objectives import Compared, Loss, LpipsHuber, Timesteps, UShaped, of_some
 from flowdistill.recipe import Reference
 from flowdistill.stages import Feed, Training
 from flowdistill.work import Work
@@ -22,7 +23,7 @@ from flowdistill.work import Work
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flowdistill.objectives import Distance
+    from flowdistill.objectives import Distance, Labelled
     from flowdistill.sources import Source
     from flowdistill.teachers import Card, Model
     from flowdistill.training import Batch
@@ -92,10 +93,15 @@ class Reflow(Training):
 
         return PairSource(work.pairs(), self.feed)
 
-    def perceptual(self, card: Card) -> Distance | None:
-        from flowdistill.evaluation import extractors
+    def perceptual(self, work: Work, card: Card) -> Labelled | None:
+        from flowdistill.evaluation import extractors, lpipsdistance
 
-        return extractors.perceptual(card) if self.loss.needs_perceptual else None
+        if not isinstance(self.loss, Compared):
+            return None
+        if self.loss.distance is None:
+            return extractors.perceptual(card)
+        weights = work.inputs.get("loss.distance.weights")
+        return lpipsdistance.lpips_distance(self.loss.distance, card, Path(weights) if weights else None)
 
     def per_sample(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The premetric between v_hat(x_t, t) and eps - x0 at a U-shaped t."""
@@ -104,4 +110,12 @@ class Reflow(Training):
         t = self.timesteps.from_uniform(batch.draw.uniform("timesteps")).to(batch.x0)
         x_t = flow.interpolate(batch.x0, batch.eps, t)
         v_hat = network(x_t, t, batch.labels)
-        return self.loss(v_hat, flow.velocity(batch.x0, batch.eps), x_t, t, batch.perceptual)
+        return self.loss(v_hat, flow.velocity(batch.x0, batch.eps), x_t, t, self._distance(batch))
+
+    def _distance(self, batch: Batch) -> Distance | None:
+        """The perceptual distance, of a share of the samples where the loss says so."""
+        if batch.perceptual is None or not isinstance(self.loss, Compared) or self.loss.share == 1:
+            return batch.perceptual
+        total = batch.draw.total
+        count = max(1, round(self.loss.share * total))
+        return of_some(batch.perceptual, batch.draw.chosen("perceptual", count), total / count)

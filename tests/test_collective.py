@@ -1,0 +1,97 @@
+"""Training in several processes: the curve and weights of one, and equal bytes whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_processes import children, command, environment, gloo
+
+from flowdistill.cli import execute
+
+RECIPE = """
+teacher: {name: analytic:ring}
+stages:
+  - pairs: {count: 64, solver: euler, steps: 2, dtype: float32, check: 0}
+  - reflow:
+      network: {name: mlp, width: 32, depth: 2}
+      steps: 60
+      batch_size: 32
+      loss: {name: squared-l2}
+      optimizer: {lr: 1.0e-3, warmup: 5, clip: 1.0}
+      log_every: 5
+      checkpoint_every: 20
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "reflow" / "log.jsonl").read_text().splitlines()]
+
+
+def reflow(recipe: Path, out: Path, *more: str) -> list[str]:
+    return command(recipe, out, *more, verb="reflow")
+
+
+def test_two_processes_train_as_one_does(recipe: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert execute(["reflow", str(recipe), "--out", str(one), "-q"]) == 0
+    with gloo(recipe, two, 2, "reflow") as ranks:
+        answers = [rank.communicate(timeout=180) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], answers
+    alone, together = curve(one), curve(two)
+    assert [line["step"] for line in together] == [line["step"] for line in alone] == list(range(5, 65, 5))
+    for mine, theirs in zip(alone, together, strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-5, abs=1e-6)
+    assert together[-1]["loss"] < 0.8 * together[0]["loss"]  # it has learnt something
+    weights = [load_file(out / "reflow" / "model.safetensors") for out in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_killed_and_stopped_launches_end_in_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    slow = ("-s", "reflow.steps=400", "-s", "reflow.checkpoint_every=20", "--procs", "2")
+    assert subprocess.run(reflow(recipe, whole, *slow), env=environment(), timeout=180).returncode == 0
+
+    parent = subprocess.Popen(
+        reflow(recipe, broken, *slow), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_checkpoint(broken, parent)
+    os.kill(children(parent.pid)[1], signal.SIGKILL)  # all begin again, from the checkpoint
+    time.sleep(0.5)
+    wait_for_checkpoint(broken, parent)
+    parent.send_signal(signal.SIGTERM)
+    _, said = parent.communicate(timeout=180)
+    if parent.returncode:  # else it was as good as done
+        assert parent.returncode == 143 and "the state is saved" in said, said
+        assert subprocess.run(reflow(recipe, broken, *slow), env=environment(), timeout=180).returncode == 0
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (broken / "reflow" / name).read_bytes() == (whole / "reflow" / name).read_bytes()
+
+
+def wait_for_checkpoint(out: Path, parent: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not (out / "reflow" / "checkpoints" / "last.safetensors").exists():
+        assert time.monotonic() < until and parent.poll() is None
+        time.sleep(0.02)
+
+
+def test_a_batch_that_does_not_divide_is_refused(recipe: Path, tmp_path: Path) -> None:
+    arguments = reflow(recipe, tmp_path / "out", "--procs", "2", "-s", "reflow.batch_size=31")
+    ended = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 2 and "31 does not divide by 2 processes" in ended.stderr
+    assert not (tmp_path / "out" / "reflow").exists()
