@@ -85,7 +85,43 @@ class LogitNormal(Settings):
         return _inside((self.mean + self.std * torch.special.ndtri(u)).sigmoid())
 
 
-Timesteps: TypeAlias = Annotated[UShaped | Uniform | LogitNormal, Field(discriminator="name")]
+class Mixture(Settings):
+    """Several densities by weights, such as much at the ends and some everywhere.
+
+    The unit interval is dealt out by the weights, and each density has its own part of it: u chooses the
+    component and, stretched, is its CDF.
+    """
+
+    name: Literal["mixture"] = "mixture"
+    parts: list[Annotated[UShaped | Uniform | LogitNormal, Field(discriminator="name")]] = Field(
+        min_length=1, description="the densities, each written like `timesteps` itself"
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="one for each part, of any sum; left out, all alike"
+    )
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Mixture:
+        if self.weights and len(self.weights) != len(self.parts):
+            raise ValueError(f"weights: {len(self.weights)} numbers for {len(self.parts)} parts")
+        return self
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        """Times [B] of u [B], independent and uniform."""
+        import torch
+
+        weights = self.weights or [1.0] * len(self.parts)
+        ends = (torch.tensor(weights, dtype=torch.float64).cumsum(0) / sum(weights)).to(u)
+        chosen = torch.bucketize(u, ends[:-1], right=True)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        within = ((u - starts[chosen]) / (ends - starts)[chosen]).clamp(0, 1)
+        t = torch.empty_like(u)
+        for number, part in enumerate(self.parts):
+            t[chosen == number] = part.from_uniform(within[chosen == number])
+        return t
+
+
+Timesteps: TypeAlias = Annotated[UShaped | Uniform | LogitNormal | Mixture, Field(discriminator="name")]
 
 
 LEAST: Mapping[str, int] = {"vgg": 16, "alex": 32, "squeeze": 24}

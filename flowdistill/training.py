@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,12 +205,12 @@ def fit(stage: Training, work: Work) -> Done:
             state.save(path, key, accelerator.scaler.state_dict() if accelerator.scaler else {})
 
     started, first, figures = time.monotonic(), state.step, {}
-    for batch in _batches(stage, work, student.card, perceptual, accelerator, state.step):
+    for parts in _batches(stage, work, student.card, perceptual, accelerator, state.step):
         rate = stage.optimizer.lr_at(state.step, stage.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(randomness.key(work.seed, "dropout", state.step, accelerator.process_index))
-        terms = _update(stage, wrapped, optimizer, batch, accelerator)
+        terms = _update(stage, wrapped, optimizer, parts, accelerator)
         state.step += 1
         state.update_average()
         if math.isfinite(terms["grad_norm"]):  # else the loss scaler has skipped the step
@@ -238,33 +239,48 @@ def _agree(stop: Stop, accelerator: Any) -> None:
 
 def _batches(
     stage: Training, work: Work, card: Card, perceptual: Distance | None, accelerator: Any, first: int
-) -> Iterator[Batch]:
-    """This process's part of each remaining batch."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    if stage.batch_size % world:
-        raise UsageError(f"{work.stage}.batch_size: {stage.batch_size} does not divide by {world} processes")
-    size = stage.batch_size // world
-    part = slice(rank * size, (rank + 1) * size)
+) -> Iterator[Iterator[Batch]]:
+    """For each remaining step this process's part of the batch, itself in parts."""
+    world, rank, pieces = accelerator.num_processes, accelerator.process_index, stage.accumulate
+    if stage.batch_size % (world * pieces):
+        accumulated = f" with accumulate {pieces}" if pieces > 1 else ""
+        raise UsageError(
+            f"{work.stage}.batch_size: {stage.batch_size} does not divide by {world} processes{accumulated}"
+        )
+    size = stage.batch_size // (world * pieces)
     source = stage.source(work)
-    for step in range(first, stage.steps):
-        draw = Draws(work.seed, step, part, stage.batch_size, accelerator.device)
+
+    def batch(step: int, piece: int) -> Batch:
+        start = (rank * pieces + piece) * size
+        draw = Draws(work.seed, step, slice(start, start + size), stage.batch_size, accelerator.device)
         x0, eps, labels = source.batch(draw)
         x0, eps = x0.to(draw.device), eps.to(draw.device)
         labels = None if labels is None else labels.to(draw.device)
-        yield Batch(x0, eps, labels, card.classes, draw, step / stage.steps, perceptual)
+        return Batch(x0, eps, labels, card.classes, draw, step / stage.steps, perceptual)
+
+    for step in range(first, stage.steps):
+        yield (batch(step, piece) for piece in range(pieces))
 
 
 def _update(
-    stage: Training, network: nn.Module, optimizer: Any, batch: Batch, accelerator: Any
+    stage: Training, network: nn.Module, optimizer: Any, parts: Iterable[Batch], accelerator: Any
 ) -> dict[str, float]:
-    """One optimizer step; the means of the loss and its terms over all processes."""
-    loss, terms = stage.per_sample(network, batch)
-    accelerator.backward(loss.mean())
+    """One optimizer step; the means of the loss and its terms over all processes.
+
+    Gradients add up over the parts of the batch, and processes exchange them at the last.
+    """
+    pieces = stage.accumulate
+    means: dict[str, Tensor] = {}
+    for number, batch in enumerate(parts, start=1):
+        with nullcontext() if number == pieces else accelerator.no_sync(network):
+            loss, terms = stage.per_sample(network, batch)
+            accelerator.backward(loss.mean() / pieces)
+        for name, values in {"loss": loss, **terms}.items():
+            means[name] = means.get(name, 0) + values.detach().mean() / pieces
     clip = stage.optimizer.clip or math.inf
     norm = accelerator.clip_grad_norm_(network.parameters(), clip)
-    names = ["loss", *terms]
-    means = torch.stack([loss.detach().mean(), *(term.detach().mean() for term in terms.values())])
-    shown = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+    shared = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
+    shown = dict(zip(means, shared, strict=True))
     shown["grad_norm"] = float(norm)
     # A loss scaler meets infinite gradients by design.
     judged = ("loss",) if accelerator.scaler else ("loss", "grad_norm")

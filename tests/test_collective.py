@@ -46,9 +46,11 @@ def reflow(recipe: Path, out: Path, *more: str) -> list[str]:
     return command(recipe, out, *more, verb="reflow")
 
 
-def test_two_processes_train_as_one_does(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_two_processes_train_as_one_does(recipe: Path, tmp_path: Path, accumulate: int) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert execute(["reflow", str(recipe), "--out", str(one), "-q"]) == 0
+    recipe.write_text(RECIPE.replace("batch_size: 32", f"batch_size: 32\n      accumulate: {accumulate}"))
     with gloo(recipe, two, 2, "reflow") as ranks:
         answers = [rank.communicate(timeout=180) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0, 0], answers

@@ -21,6 +21,7 @@ from flowdistill.objectives import (
     Loss,
     Lpips,
     LpipsHuber,
+    Mixture,
     Perceptual,
     PseudoHuber,
     SquaredL2,
@@ -87,6 +88,35 @@ def test_times_rise_with_u_are_symmetric_and_keep_off_the_ends(
     assert bool((t.diff() >= 0).all())
     torch.testing.assert_close(t + t.flip(0), torch.ones_like(t))
     assert float(t[0]) == pytest.approx(1e-5, rel=1e-6 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
+def test_a_mixture_has_the_mixed_cdf(weights: list[float] | None) -> None:
+    parts = [UShaped(), Uniform(), LogitNormal(mean=0.5)]
+    u = (torch.arange(300_000, dtype=torch.float64) + 0.5) / 300_000
+    found = Mixture(parts=parts, weights=weights).from_uniform(u).sort().values
+    shares = torch.tensor(weights or [1.0] * 3, dtype=torch.float64)
+    at = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    expected = sum(
+        share * torch.searchsorted(part.from_uniform(u), at) / len(u)
+        for share, part in zip(shares / shares.sum(), parts, strict=True)
+    )
+    assert (torch.searchsorted(found, at) / len(u) - expected).abs().max() < 1e-4
+    assert found.min() > 0 and found.max() < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mixture_of_one_is_that_one_and_ends_stay_inside(dtype: torch.dtype) -> None:
+    u = torch.linspace(0, 1, 1001, dtype=dtype)
+    for part in (UShaped(), Uniform(), LogitNormal()):
+        assert torch.equal(Mixture(parts=[part]).from_uniform(u), part.from_uniform(u))
+    times = Mixture(parts=[Uniform(), UShaped(), LogitNormal()], weights=[0.1, 0.2, 0.7]).from_uniform(u)
+    assert times.min() > 0 and times.max() < 1 and times.dtype == dtype
+
+
+def test_a_mixture_needs_a_weight_for_each_part() -> None:
+    with pytest.raises(ValidationError, match="2 numbers for 1 parts"):
+        Mixture(parts=[Uniform()], weights=[1.0, 2.0])
 
 
 def test_defaults_are_the_papers() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowdistill import artifact, randomness
@@ -128,6 +129,27 @@ def test_the_shipped_weights_are_the_average(tmp_path: Path) -> None:
     assert not torch.equal(state["average.out.weight"], state["network.out.weight"])
     assert header["architecture"] == "unet"
     assert header["classes"] == 10
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, accumulate: int) -> None:
+    network = {"name": "unet", "channels": 8, "multipliers": [1], "attention": [], "dropout": 0.0}
+    run(tmp_path / "whole", train(network=network))
+    run(tmp_path / "parts", train(network=network, accumulate=accumulate))
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / LOG).read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    for whole, parts in zip(*logs, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
+    weights = [load_file(tmp_path / name / MODEL) for name in ("whole", "parts")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"8 does not divide by 1 processes with accumulate 3"):
+        run(tmp_path, train(accumulate=3))
 
 
 @pytest.mark.parametrize("ramp", [True, False])

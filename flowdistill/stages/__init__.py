@@ -136,6 +136,9 @@ class Training(Stage):
 
     steps: int = Field(gt=0, description="optimizer steps")
     batch_size: int = Field(128, gt=0, description="samples in a step, over all processes")
+    accumulate: int = Field(
+        1, gt=0, description="parts in which a process takes its samples, where memory is too small for all"
+    )
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     precision: Literal["fp32", "bf16", "fp16"] = Field(
