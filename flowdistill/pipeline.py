@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -156,14 +156,13 @@ class Pipeline:
         redo = {target} if fresh and target else set()
         if not fresh:
             _refuse([standings[name] for name in chosen])
+        for name in chosen:
+            if standings[name].state != "done" or name in redo:
+                self.stages[name].preflight(self._inputs(name))
         artifact.create_folder(self.out)
         for name in chosen:
             if fresh:
-                with artifact.lock(self.out):
-                    standing = self._standing(name, standings)
-                    anew = standing.conflicts or name in redo or standing.state == "partial"
-                    if anew and standing.folder.exists():
-                        _set_aside(standing.folder)
+                self._renew(name, standings, redo)
             launched = parallel is not None and self._launch(name, standings, stop, parallel)
             if self.stages[name].collective:
                 world.wait()  # for those who still share the stage before
@@ -179,6 +178,14 @@ class Pipeline:
                 manifest = self._do(replace(self.work(name, device, observe, stop), world=world))
                 standings[name] = self._standing(name, standings)
                 observe(Finished(name, standing.verb, standing.folder, manifest, skipped=False))
+
+    def _renew(self, name: str, standings: Mapping[str, Standing], redo: Collection[str]) -> None:
+        """Set aside what is there of a stage, where it has to be made anew."""
+        with artifact.lock(self.out):
+            standing = self._standing(name, standings)
+            anew = standing.conflicts or name in redo or standing.state == "partial"
+            if anew and standing.folder.exists():
+                _set_aside(standing.folder)
 
     def _launch(
         self, name: str, standings: Mapping[str, Standing], stop: Stop, parallel: Callable[[str], None]
@@ -208,7 +215,7 @@ class Pipeline:
             folder=self.out / name,
             seed=randomness.key(self.recipe.seed, name),
             device=device,
-            inputs={field: self._locations(reference) for field, reference in self._references(name).items()},
+            inputs=self._inputs(name),
             parents=self._parents(name),
             settings=self.recipe.settings_json(name),
             report=lambda progress: observe(Advanced(name, progress)),
@@ -284,6 +291,10 @@ class Pipeline:
                     needed.add(reference)
                     queue.append(reference)
         return [other for other in self.stages if other in needed]
+
+    def _inputs(self, name: str) -> dict[str, Any]:
+        """Reference field -> what `Work` opens."""
+        return {field: self._locations(reference) for field, reference in self._references(name).items()}
 
     def _locations(self, reference: Any) -> Any:
         """What `Work` opens: a folder, a path, or the teacher; (name, location) in lists."""

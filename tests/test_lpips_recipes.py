@@ -112,6 +112,11 @@ def test_missing_weights_end_a_run_before_it_trains(here: Path, capsys: pytest.C
     assert "vgg16-397923af.pth: no such file; LPIPS with net: vgg" in found
     assert "curl -L --create-dirs -o" in found and "528 MiB" in found
     assert not Path("runs/recipe/reflow").exists()
+    assert (
+        execute(["run", "in/recipe.yaml", "-q", "-s", "reflow.loss.distance={name: lpips}", "--out", "new"])
+        == 3
+    )
+    assert not Path("new").exists()  # nor are pairs made before it is noticed
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,15 @@ def _package_heads(net: str) -> Checkpoint:
     return checkpoints.read(folder / "weights" / "v0.1" / f"{net}.pth")
 
 
-def _cached(net: str) -> Checkpoint:
+def _command(path: Path, wanted: Published) -> str:
+    return f"curl -L --create-dirs -o {shlex.quote(str(path))} {URL}{wanted.file}"
+
+
+def locate(net: str) -> Path:
+    """Where torchvision keeps the weights of `net`; MissingInput, with how to get them, where it does not."""
     wanted = PUBLISHED[net]
     path = cache() / wanted.file
-    command = f"curl -L --create-dirs -o {shlex.quote(str(path))} {URL}{wanted.file}"
+    command = _command(path, wanted)
     if not path.exists():
         raise MissingInput(
             f"{path}: no such file; LPIPS with net: {net} needs these weights of torchvision's "
@@ -107,6 +112,12 @@ def _cached(net: str) -> Checkpoint:
             f"get them: {command}\n"
             "or name a file that has them, distance: {name: lpips, weights: FILE}"
         )
+    return path
+
+
+def _cached(net: str) -> Checkpoint:
+    wanted, path = PUBLISHED[net], locate(net)
+    command = _command(path, wanted)
     checkpoint = checkpoints.read(path)
     if not checkpoint.sha256.startswith(wanted.sha256):
         raise ArtifactError(

@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,12 @@ class Stage(StageSettings):
         The pipeline writes the manifest afterwards.
         """
         raise NotImplementedError
+
+    def preflight(self, inputs: Mapping[str, Any]) -> None:
+        """Raise what `run` would raise for want of a file, before the stages above have cost anything.
+
+        `inputs` are those of `Work`.
+        """
 
     def plan(self, work: Work) -> Cost | None:
         """What the stage will take, measured on a little of it; None where that is not known."""

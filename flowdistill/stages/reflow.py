@@ -9,6 +9,7 @@ optimum (hence LPIPS-Huber, Sec. 4.2). The student starts from the teacher's wei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -57,6 +58,13 @@ class Reflow(Training):
             count = len(self.feed.weights)
             raise ValueError(f"feed.weights: {count} numbers for {len(stores)} stores of pairs")
         return self
+
+    def preflight(self, inputs: Mapping[str, Any]) -> None:
+        named = inputs.get("loss.distance.weights")
+        if isinstance(self.loss, Compared) and self.loss.distance is not None and not named:
+            from flowdistill.evaluation import lpipsweights
+
+            lpipsweights.locate(self.loss.distance.net)
 
     def student(self, work: Work) -> Model:
         import torch
