@@ -139,6 +139,8 @@ def _launch(arguments: Sequence[str], count: int, logs: Path) -> int | None:
             if failure.exitcode == -signal.SIGKILL:  # the others may have failed for want of it
                 return rank
         rank, failure = error.get_first_failure()
+        if 0 in error.failures and error.failures[0].exitcode == failure.exitcode:
+            rank = 0  # it has said the same already
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         said = "".join(each.read_text(errors="replace") for each in logs.rglob(f"{rank}/stderr.log"))
         raise WorkersFailed(rank, code, said) from None
