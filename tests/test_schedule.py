@@ -262,3 +262,23 @@ def test_boss_itself_has_the_same_costs_and_schedules(name: str) -> None:
     np.testing.assert_allclose(cost, fixture["cost_matrix"], rtol=1e-5, atol=1e-5)
     for nfe in range(1, 11):
         assert bellman(cost).path(nfe) == bellman(fixture["cost_matrix"]).path(nfe)
+
+
+GRIDS = [schedule.uniform(1), schedule.uniform(3), schedule.edm(4), schedule.shifted(2, 3.0)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.name}-{grid.steps}")
+def test_halved_steps_meet_the_old_knots_and_their_middles(grid: Schedule) -> None:
+    halved = grid.halved()
+    assert halved.times[::2] == grid.times and halved.steps == 2 * grid.steps
+    middles = [0.5 * (t + s) for t, s in grid.intervals]
+    assert list(halved.times[1::2]) == pytest.approx(middles, abs=1e-15)
+    assert halved.name == f"{grid.name}, halved"
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.4])
+def test_sigmas_come_back_when_a_scheduler_shifts_them(shift: float) -> None:
+    times = schedule.edm(5).times[:-1]
+    sigmas = schedule.edm(5).sigmas(shift)
+    assert [shift * s / (1 + (shift - 1) * s) for s in sigmas] == pytest.approx(list(times), abs=1e-14)
+    assert schedule.edm(5).sigmas() == pytest.approx(list(times), abs=1e-14)
