@@ -30,15 +30,22 @@ GOAL = 0.90
 TYPES_ONLY = "only type checkers read it"
 SAME_TENSOR = "float() of float32 is the tensor itself"
 SYMMETRIC = "the difference of the two is squared"
+SYMMETRIC_SUM = "the two are only added"
 LAST_AXIS = "axis 1 of two is the last one"
+ONLY_RATIOS = "only the ratios of the weights count"
 EQUIVALENT = {
     "flow : TypeVar('Time', float, 'Tensor')  ->  TypeVar(float, 'Time', 'Tensor')": TYPES_ONLY,
     "solvers integrate: x.element_size() < 4  ->  x.element_size() <= 4": SAME_TENSOR,
     "solvers integrate: x.element_size() < 4  ->  x.element_size() < 5": SAME_TENSOR,
+    "schedule Schedule.halved: (t, s)  ->  (s, t)": SYMMETRIC_SUM,
     "schedule bellman: axis=1  ->  axis=-1": LAST_AXIS,
     "schedule local_cost: axis=1  ->  axis=-1": LAST_AXIS,
     "objectives SquaredL2.__call__: (v_hat - v).square().flatten(1).mean(1)"
     "  ->  (v_hat - v).square().flatten(1).mean(-1)": LAST_AXIS,
+    "objectives L2.__call__: dim=1  ->  dim=-1": LAST_AXIS,
+    "objectives L2.__call__: difference.shape[1]  ->  difference.shape[-1]": LAST_AXIS,
+    "objectives Mixture.from_uniform: [1.0]  ->  [2.0]": ONLY_RATIOS,
+    "objectives Mixture.from_uniform: [1.0]  ->  [-1.0]": ONLY_RATIOS,
     "objectives PseudoHuber.__call__: pseudo_huber(v_hat, v, self.c)"
     "  ->  pseudo_huber(v, v_hat, self.c)": SYMMETRIC,
     "objectives LpipsHuber.__call__: pseudo_huber(v_hat, v)  ->  pseudo_huber(v, v_hat)": SYMMETRIC,

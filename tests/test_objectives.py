@@ -114,6 +114,17 @@ def test_a_mixture_of_one_is_that_one_and_ends_stay_inside(dtype: torch.dtype) -
     assert times.min() > 0 and times.max() < 1 and times.dtype == dtype
 
 
+@pytest.mark.parametrize(("net", "least"), [("vgg", 16), ("alex", 32), ("squeeze", 24)])
+def test_lpips_takes_images_from_its_least_size_on(net: Any, least: int) -> None:
+    assert Lpips(net=net, resolution=least).resolution == least
+    with pytest.raises(ValidationError, match=f"{net} needs {least} pixels or more, found {least - 1}"):
+        Lpips(net=net, resolution=least - 1)
+
+
+def test_every_sample_has_its_perceptual_term_unless_a_share_is_asked_for() -> None:
+    assert LpipsHuber().share == Perceptual(share=1.0).share == 1
+
+
 def test_a_mixture_needs_a_weight_for_each_part() -> None:
     with pytest.raises(ValidationError, match="2 numbers for 1 parts"):
         Mixture(parts=[Uniform()], weights=[1.0, 2.0])
