@@ -66,6 +66,13 @@ def write_sealed(path: Path, head: Callable[[str], bytes], payload: Sequence[mem
         return whole.result()
 
 
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name, durably."""
+    with _writing(target):
+        os.replace(path, target)
+        _sync_folder(target.parent)
+
+
 def append(path: Path, data: bytes, at: int) -> int:
     """Make `data` the end of the file from byte `at` on, durably; returns the new length.
 

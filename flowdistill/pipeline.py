@@ -191,8 +191,8 @@ class Pipeline:
         self, name: str, standings: Mapping[str, Standing], stop: Stop, parallel: Callable[[str], None]
     ) -> bool:
         """Do a stage in other processes, if it can be and is not done; whether that was so."""
-        stage, standing = self.stages[name], self._standing(name, standings)
-        if standing.state == "done" or not (stage.shared or stage.collective):
+        standing = self._standing(name, standings)
+        if standing.state == "done" or not self.can_share(name):
             return False
         _refuse([standing])
         stop.check()
@@ -279,6 +279,10 @@ class Pipeline:
     def _references(self, name: str) -> dict[str, Any]:
         """Field -> resolved reference (or list of them) of a stage."""
         return dict(self.recipe.references[name])
+
+    def can_share(self, name: str) -> bool:
+        """Whether several processes can do a stage."""
+        return self.stages[name].shared or self.stages[name].collective
 
     def needed(self, name: str | None) -> list[str]:
         """The stage and all that it rests on, in the recipe's order; None: all."""

@@ -28,7 +28,7 @@ def repair(folder: Path, report: Callable[[Progress], None], stop: Stop) -> list
     """
     begun = _begun(folder)
     stage = verbs()[begun["verb"]].model_validate_json(json.dumps(begun["settings"]))
-    with artifact.lock(folder.parent):
+    with artifact.lock(folder.parent), artifact.joined(folder):
         before = _recorded(folder)
         work = _work(folder, begun, report, stop)
         damaged = stage.mend(work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowdistill.errors import Interrupted
 from flowdistill.processes import World
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from flowdistill.teachers import Model
 
 Figures = dict[str, Any]
+Indices = TypeVar("Indices", range, list[int])
 
 
-def batches(indices: range, size: int) -> Iterator[range]:
+def batches(indices: Indices, size: int) -> Iterator[Indices]:
     """`indices` in pieces of `size`, the last of which may be shorter."""
     return (indices[start : start + size] for start in range(0, len(indices), size))
 

@@ -323,7 +323,7 @@ def _work(
         def observe(event: Event) -> None:
             if isinstance(event, Finished):
                 finished.append(event)
-            if procs == 1 or not pipeline.stages[event.stage].shared:  # else the first process shows it
+            if procs == 1 or not pipeline.can_share(event.stage):  # else the first process shows it
                 show(event)
 
         pipeline.run(
@@ -353,11 +353,6 @@ def _again(
     return named if out is None else [*named, "--out", str(out)]
 
 
-def _can_share(pipeline: Pipeline, name: str) -> bool:
-    stage = pipeline.stages[name]
-    return stage.shared or stage.collective
-
-
 def _is_collective(pipeline: Pipeline, target: str | None) -> bool:
     """Whether processes will have to be in step."""
     return any(pipeline.stages[name].collective for name in pipeline.needed(target))
@@ -366,7 +361,7 @@ def _is_collective(pipeline: Pipeline, target: str | None) -> bool:
 def _check_shareable(pipeline: Pipeline, target: str | None, alone: bool) -> None:
     """Refuse what several processes that a launcher has started cannot do together."""
     for name in pipeline.needed(target):
-        if not _can_share(pipeline, name):
+        if not pipeline.can_share(name):
             raise UsageError(
                 f"stage '{name}' is not for several processes: do it in one, and others under the launcher"
             )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowdistill import artifact
-from flowdistill.errors import ResourceError, UsageError
+from flowdistill.errors import UsageError
 
 _PART_BYTES = 8 << 20
 
@@ -31,7 +31,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         artifact.create_folder(temporary)
         yield temporary
-        _move(temporary, folder)
+        artifact.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -69,15 +69,3 @@ class Growing:
         if self._part.tell() >= at_least:
             self._stored_bytes = artifact.append(self._path, self._part.getvalue(), at=self._stored_bytes)
             self._part = io.BytesIO()
-
-
-def _move(temporary: Path, folder: Path) -> None:
-    try:
-        os.replace(temporary, folder)
-        parent = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
-    except OSError as error:
-        raise ResourceError(f"{folder}: writing failed ({error.strerror})") from error

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import JsonValue, ValidationError
-from torch import Tensor
 
-from flowdistill import artifact
+from flowdistill import artifact, work
 from flowdistill.errors import ArtifactError, UsageError
 from flowdistill.pairstore import Block, PairSpec, PairWriter
+from flowdistill.work import Indices
 
 _SHARD_BYTES = 256 << 20
 _BATCH_BYTES = 16 << 20
@@ -122,10 +122,9 @@ def fitting(shape: Sequence[int], size_bytes: int) -> int:
     return max(1, size_bytes // (2 * 4 * math.prod(shape)))
 
 
-def batches(indices: Sequence[int], shape: Sequence[int]) -> Iterator[Sequence[int]]:
+def batches(indices: Indices, shape: Sequence[int]) -> Iterator[Indices]:
     """Pieces of `indices` whose pairs take little memory."""
-    size = fitting(shape, _BATCH_BYTES)
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+    return work.batches(indices, fitting(shape, _BATCH_BYTES))
 
 
 def check_shape(path: Path | str, shape: Sequence[int], expected: Sequence[int]) -> None:
@@ -138,11 +137,6 @@ def check_shape(path: Path | str, shape: Sequence[int], expected: Sequence[int])
 
 def _refuse_non_finite(source: Source, indices: range, block: Block) -> None:
     for name, values in (("noise", block.eps), ("data", block.x0)):
-        if not all(map(math.isfinite, _extremes(values))):
+        if not artifact.all_finite(values):
             bad = next(i for i, row in zip(indices, values, strict=True) if not row.isfinite().all())
             raise damaged(source.path, f"the {name} of pair {bad} holds values that are not finite")
-
-
-def _extremes(values: Tensor) -> tuple[float, float]:
-    low, high = values.aminmax()  # one NaN makes both NaN
-    return float(low), float(high)

@@ -192,7 +192,7 @@ def encode(spec: PairSpec, shard: int, blocks: Sequence[Block]) -> dict[str, Ten
             _put(tensors, rows, block)
     if first != size:
         raise ValueError(f"shard {shard}: {first} pairs, expected {size}")
-    if not _finite(tensors["x0"]):
+    if not artifact.all_finite(tensors["x0"]):
         raise Diverged(
             f"shard {shard}: x0 is too large for {spec.dtype}, nothing was written; store it as float32"
         )
@@ -205,7 +205,7 @@ def _check(spec: PairSpec, shard: int, block: Block) -> None:
     found = {name: tuple(column.shape) for name, column in vars(block).items() if column is not None}
     if found != expected:
         raise ValueError(f"shard {shard}: found {found}, expected {expected}")
-    if not _finite(block.x0):
+    if not artifact.all_finite(block.x0):
         raise Diverged(f"shard {shard}: x0 holds values that are not finite, nothing was written")
     labels = block.labels
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < spec.classes:
@@ -230,10 +230,6 @@ def _put(tensors: dict[str, Tensor], rows: slice, block: Block) -> None:
         else:
             kept[part] = values
         distance[part] = rms(eps[part], decode(kept[part]))
-
-
-def _finite(values: Tensor) -> bool:
-    return all(math.isfinite(extreme) for extreme in values.aminmax())
 
 
 def decode(x0: Tensor) -> Tensor:

@@ -158,9 +158,8 @@ class Pairs(Stage):
                 "least": int(calls.min()),
                 "most": int(calls.max()),
             }
-        if self.check:
-            files[CHECK] = ""
-        return Done(tuple(files), figures, _DTYPES[self.precision], {k: v for k, v in files.items() if v})
+        outputs = [*files, CHECK] if self.check else list(files)
+        return Done(outputs, figures, _DTYPES[self.precision], files)
 
     def mend(self, work: Work) -> list[str]:
         from flowdistill import artifact
