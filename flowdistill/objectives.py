@@ -1,6 +1,6 @@
-"""What training minimises: where in time it looks, and how it measures a velocity's error.
+"""What training minimises: how it measures a velocity's error.
 
-Each class is a choice in a recipe (`timesteps: {name: u-shaped, a: 4}`), its fields are the keys,
+Each class is a choice in a recipe (`loss: {name: pseudo-huber}`), its fields are the keys,
 its method is the mathematics. v_hat, v and x_t are [B, *shape], t and losses [B]; d is the size of
 one sample.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeAl
 from pydantic import Field, model_validator
 
 from flowdistill.errors import MissingInput
-from flowdistill.flow import x0_from_velocity
+from flowdistill.flow import expand, x0_from_velocity
 from flowdistill.references import Reference
 from flowdistill.settings import Settings
 
@@ -38,91 +38,6 @@ class Labelled(Protocol):
 
 Terms: TypeAlias = "dict[str, Tensor]"
 """Parts of a loss by name, each [B], for the log; empty where the loss has one part."""
-
-MARGIN = 1e-5
-"""Training times stay this far from 0 and 1, as in rf++ (arXiv 2405.20320)."""
-
-
-class UShaped(Settings):
-    """p(t) ~ cosh(a (t - 1/2)): most often at both ends, where the loss of a reflow is largest.
-
-    Lee et al. 2024 (rf++, arXiv 2405.20320) print exp(a u) + exp(-a u), which has this shape only
-    if u is measured from the middle, as their code does. The inverse CDF is closed:
-    t = 1/2 + asinh((2 u - 1) sinh(a / 2)) / a.
-    """
-
-    name: Literal["u-shaped"] = "u-shaped"
-    a: float = Field(4.0, ge=0, le=100, description="steepness; 0 is uniform, 4 is the paper's")
-
-    def from_uniform(self, u: Tensor) -> Tensor:
-        """Times whose CDF is u, any shape."""
-        if self.a == 0:  # the limit of the formula, which is 0 / 0 there
-            return _inside(u)
-        return _inside(0.5 + ((2 * u - 1) * math.sinh(self.a / 2)).asinh() / self.a)
-
-
-class Uniform(Settings):
-    """All times alike, as in the first rectified flows (arXiv 2209.03003)."""
-
-    name: Literal["uniform"] = "uniform"
-
-    def from_uniform(self, u: Tensor) -> Tensor:
-        """Times whose CDF is u, any shape."""
-        return _inside(u)
-
-
-class LogitNormal(Settings):
-    """logit(t) ~ N(mean, std^2): mostly mid-way, for base flows (SD3, arXiv 2403.03206)."""
-
-    name: Literal["logit-normal"] = "logit-normal"
-    mean: float = Field(0.0, ge=-20, le=20, description="of logit(t); above 0 favours noise")
-    std: float = Field(1.0, gt=0, le=20, description="of logit(t)")
-
-    def from_uniform(self, u: Tensor) -> Tensor:
-        """Times whose CDF is u, any shape."""
-        import torch
-
-        return _inside((self.mean + self.std * torch.special.ndtri(u)).sigmoid())
-
-
-class Mixture(Settings):
-    """Several densities by weights, such as much at the ends and some everywhere.
-
-    The unit interval is dealt out by the weights, and each density has its own part of it: u chooses the
-    component and, stretched, is its CDF.
-    """
-
-    name: Literal["mixture"] = "mixture"
-    parts: list[Annotated[UShaped | Uniform | LogitNormal, Field(discriminator="name")]] = Field(
-        min_length=1, description="the densities, each written like `timesteps` itself"
-    )
-    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="one for each part, of any sum; left out, all alike"
-    )
-
-    @model_validator(mode="after")
-    def _weighted(self) -> Mixture:
-        if self.weights and len(self.weights) != len(self.parts):
-            raise ValueError(f"weights: {len(self.weights)} numbers for {len(self.parts)} parts")
-        return self
-
-    def from_uniform(self, u: Tensor) -> Tensor:
-        """Times [B] of u [B], independent and uniform."""
-        import torch
-
-        weights = self.weights or [1.0] * len(self.parts)
-        ends = (torch.tensor(weights, dtype=torch.float64).cumsum(0) / sum(weights)).to(u)
-        chosen = torch.bucketize(u, ends[:-1], right=True)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        within = ((u - starts[chosen]) / (ends - starts)[chosen]).clamp(0, 1)
-        t = torch.empty_like(u)
-        for number, part in enumerate(self.parts):
-            t[chosen == number] = part.from_uniform(within[chosen == number])
-        return t
-
-
-Timesteps: TypeAlias = Annotated[UShaped | Uniform | LogitNormal | Mixture, Field(discriminator="name")]
-
 
 LEAST: Mapping[str, int] = {"vgg": 16, "alex": 32, "squeeze": 24}
 """Pixels that a side of an image must have for each network of LPIPS."""
@@ -159,45 +74,63 @@ class Lpips(Settings):
         return self
 
 
-class SquaredL2(Settings):
+class Direct(Settings):
+    """What the losses without a perceptual term have in common: the difference they measure.
+
+    x0_hat - x0 = -t (v_hat - v) and eps_hat - eps = (1 - t) (v_hat - v): to compare another quantity is to
+    weigh times otherwise. `eps` is how diffusion models are trained, and Rectified Diffusion's loss
+    (arXiv 2410.07303).
+    """
+
+    needs_perceptual: ClassVar[bool] = False
+
+    on: Literal["velocity", "x0", "eps"] = Field(
+        "velocity", description="what is compared, whatever the network predicts"
+    )
+
+    def difference(self, v_hat: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """Of what is compared, up to its sign, [B, *shape]."""
+        if self.on == "velocity":
+            return v_hat - v
+        return expand(t if self.on == "x0" else 1 - t, v) * (v_hat - v)
+
+
+class SquaredL2(Direct):
     """||v_hat - v||^2 / d, whose minimum is the conditional mean."""
 
     name: Literal["squared-l2"] = "squared-l2"
-    needs_perceptual: ClassVar[bool] = False
 
     def __call__(
         self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
     ) -> tuple[Tensor, Terms]:
         """Loss [B] and its terms."""
-        return (v_hat - v).square().flatten(1).mean(1), {}
+        return self.difference(v_hat, v, t).square().flatten(1).mean(1), {}
 
 
-class L2(Settings):
+class L2(Direct):
     """||v_hat - v|| / sqrt(d), the root of `squared-l2`: rf++'s `l2`."""
 
     name: Literal["l2"] = "l2"
-    needs_perceptual: ClassVar[bool] = False
 
     def __call__(
         self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
     ) -> tuple[Tensor, Terms]:
         """Loss [B] and its terms."""
-        difference = (v_hat - v).flatten(1)
+        difference = self.difference(v_hat, v, t).flatten(1)
         return difference.norm(dim=1) / math.sqrt(difference.shape[1]), {}
 
 
-class PseudoHuber(Settings):
+class PseudoHuber(Direct):
     """H = (sqrt(||v_hat - v||^2 + c^2) - c) / d: quadratic near 0, linear far away."""
 
     name: Literal["pseudo-huber"] = "pseudo-huber"
     c: float | None = Field(None, gt=0, description="where it turns linear; default 0.00054 d")
-    needs_perceptual: ClassVar[bool] = False
 
     def __call__(
         self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
     ) -> tuple[Tensor, Terms]:
         """Loss [B] and its terms."""
-        return pseudo_huber(v_hat, v, self.c), {}
+        return pseudo_huber(self.difference(v_hat, v, t), self.c), {}
 
 
 class Compared(Settings):
@@ -214,6 +147,11 @@ class Compared(Settings):
         le=1,
         description="share of each batch whose perceptual term is computed, scaled so that the mean stays",
     )
+    divide_by_t: bool = Field(False, description="weigh the perceptual term by 1 / t: rf++'s config F")
+
+    def weighed(self, distance: Tensor, t: Tensor) -> Tensor:
+        """The perceptual term [B] of the loss."""
+        return distance / t if self.divide_by_t else distance
 
 
 class Perceptual(Compared):
@@ -224,24 +162,23 @@ class Perceptual(Compared):
     def __call__(
         self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
     ) -> tuple[Tensor, Terms]:
-        """Loss [B] and its terms; MissingInput without a distance."""
-        return _perceptual(v_hat, v, x_t, t, perceptual), {}
+        """Loss [B] and its terms, unweighted; MissingInput without a distance."""
+        distance = _perceptual(v_hat, v, x_t, t, perceptual)
+        return self.weighed(distance, t), {"perceptual": distance}
 
 
 class LpipsHuber(Compared):
     """(1 - t) H + P (rf++'s config E, arXiv 2405.20320) or (1 - t) H + P / t (its config F)."""
 
     name: Literal["lpips-huber"] = "lpips-huber"
-    divide_by_t: bool = Field(False, description="config F: weigh P by 1 / t")
 
     def __call__(
         self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
     ) -> tuple[Tensor, Terms]:
         """Loss [B] and its terms, unweighted; MissingInput without a distance."""
-        huber = pseudo_huber(v_hat, v)
+        huber = pseudo_huber(v_hat - v)
         distance = _perceptual(v_hat, v, x_t, t, perceptual)
-        weighed = distance / t if self.divide_by_t else distance
-        return (1 - t) * huber + weighed, {"huber": huber, "perceptual": distance}
+        return (1 - t) * huber + self.weighed(distance, t), {"huber": huber, "perceptual": distance}
 
 
 Loss: TypeAlias = Annotated[
@@ -265,12 +202,12 @@ def of_some(distance: Distance, chosen: Tensor, scale: float) -> Distance:
     return scaled
 
 
-def pseudo_huber(v_hat: Tensor, v: Tensor, c: float | None = None) -> Tensor:
-    """(sqrt(||v_hat - v||^2 + c^2) - c) / d, [B]; c is 0.00054 d by default.
+def pseudo_huber(difference: Tensor, c: float | None = None) -> Tensor:
+    """(sqrt(||difference||^2 + c^2) - c) / d, [B]; c is 0.00054 d by default.
 
     That is rf++'s code. iCT (arXiv 2310.14189), where the constant comes from, has sqrt(d) for d.
     """
-    squares = (v_hat - v).square().flatten(1)
+    squares = difference.square().flatten(1)
     d = squares.shape[1]
     c = 0.00054 * d if c is None else c
     norm2 = squares.sum(1)
@@ -286,11 +223,6 @@ def wcfm_weight(x0: Tensor, eps: Tensor, kappa: float) -> Tensor:
     squares = (x0 - eps).square().flatten(1)
     scale = kappa * math.sqrt(squares.shape[1])
     return len(squares) * (-squares.sum(1).sqrt() / scale).softmax(0)
-
-
-def _inside(t: Tensor) -> Tensor:
-    """[0, 1] mapped onto [MARGIN, 1 - MARGIN]."""
-    return t * (1 - 2 * MARGIN) + MARGIN
 
 
 def _perceptual(v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None) -> Tensor:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def curve(out: Path) -> list[dict[str, float]]:
+def curve(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "reflow" / "log.jsonl").read_text().splitlines()]
 
 
@@ -57,6 +58,8 @@ def test_two_processes_train_as_one_does(recipe: Path, tmp_path: Path, accumulat
     alone, together = curve(one), curve(two)
     assert [line["step"] for line in together] == [line["step"] for line in alone] == list(range(5, 65, 5))
     for mine, theirs in zip(alone, together, strict=True):
+        by_time = [[loss or 0.0 for loss in line.pop("loss_by_t")] for line in (mine, theirs)]
+        assert by_time[1] == pytest.approx(by_time[0], rel=1e-5, abs=1e-6)
         assert theirs == pytest.approx(mine, rel=1e-5, abs=1e-6)
     assert together[-1]["loss"] < 0.8 * together[0]["loss"]  # it has learnt something
     weights = [load_file(out / "reflow" / "model.safetensors") for out in (one, two)]

@@ -23,7 +23,8 @@ from flowdistill.flow import interpolate, velocity
 from flowdistill.sources import DataSource, Draws, shuffled
 from flowdistill.stages import Ema, Optimizer
 from flowdistill.stages.train import Classification, FlowMatching, Train
-from flowdistill.training import CHECKPOINT, LOG, MODEL, Batch, State
+from flowdistill.training import CHECKPOINT, LOG, MODEL, Batch, State, averages
+from flowdistill.training.batches import nothing_measured
 from flowdistill.work import Progress, Stop, Work
 
 CPU = torch.device("cpu")
@@ -141,6 +142,8 @@ def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, accumulate: int)
         for name in ("whole", "parts")
     ]
     for whole, parts in zip(*logs, strict=True):
+        by_time = [[loss or 0.0 for loss in line.pop("loss_by_t")] for line in (whole, parts)]
+        assert by_time[1] == pytest.approx(by_time[0], rel=1e-4)
         assert parts == pytest.approx(whole, rel=1e-4)
     weights = [load_file(tmp_path / name / MODEL) for name in ("whole", "parts")]
     for name, value in weights[0].items():
@@ -155,17 +158,19 @@ def test_parts_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ramp", [True, False])
 def test_the_average_is_the_weighted_sum_that_its_decay_says(ramp: bool) -> None:
     network = nn.Linear(1, 1, bias=False)
-    ema = Ema(decay=0.6, ramp=ramp)
-    state = State(network, torch.optim.Adam(network.parameters()), ema)
-    expected = network.weight.item()
+    rules = averages.chosen(Ema(decay=0.6, ramp=ramp, also=[0.9]), None, "model.safetensors")
+    assert [rule.file for rule in rules] == ["model.safetensors", "model-ema-0.9.safetensors"]
+    state = State(network, torch.optim.Adam(network.parameters()), rules)
+    expected = [network.weight.item()] * 2
     for step in range(1, 20):
         value = float(step**2)
         nn.init.constant_(network.weight, value)
-        state.step = step
-        state.update_average()
-        decay = min(0.6, (1 + step) / (10 + step)) if ramp else 0.6
-        expected = decay * expected + (1 - decay) * value
-    assert float(state.average["weight"]) == pytest.approx(expected, rel=1e-6)
+        state.advance({}, nothing_measured())
+        for number, constant in enumerate((0.6, 0.9)):
+            decay = min(constant, (1 + step) / (10 + step)) if ramp else constant
+            expected[number] = decay * expected[number] + (1 - decay) * value
+    found = [float(average["weight"]) for average in state.averages]
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -278,11 +283,11 @@ def test_labels_are_withheld_at_the_rate_that_was_asked() -> None:
     labels = torch.zeros(4000, dtype=torch.int64)
     x = torch.zeros(4000, 2)
     drawn = Batch(x, x, labels, 9, draws(0, 4000, slice(0, 4000)), 0.0)
-    found = FlowMatching(label_dropout=0.25)._labels(drawn)
+    found = drawn.some_labels(0.25)
     assert found is not None
     assert set(found.tolist()) == {0, 9}
     assert float((found == 9).double().mean()) == pytest.approx(0.25, abs=0.03)
-    assert FlowMatching(label_dropout=0.0)._labels(drawn) is labels
+    assert drawn.some_labels(0.0) is labels
 
 
 def test_classification_is_cross_entropy() -> None:

@@ -8,7 +8,7 @@ checked before anything heavy is loaded.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flowdistill.errors import UsageError
+from flowdistill.errors import MissingInput, UsageError
+from flowdistill.optimization import Ema, NonFinite, Optimizer, PostHoc, Previews
 from flowdistill.recipe import Settings, StageSettings
 from flowdistill.work import Cost, Done, Figures, Work
 
@@ -63,49 +64,6 @@ class Stage(StageSettings):
         )
 
 
-class Optimizer(Settings):
-    """Adam or AdamW with linear warm-up."""
-
-    name: Literal["adam", "adamw"] = "adam"
-    lr: float = Field(2e-4, gt=0, description="learning rate after the warm-up")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up; step 0 already has lr/warmup")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
-        description="course of the learning rate after `decay_from`, down to 1 % of `lr`",
-    )
-    decay_from: float = Field(0.0, ge=0, lt=1, description="share of training after which `decay` sets in")
-    clip: float | None = Field(None, gt=0, description="largest gradient norm")
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """Learning rate of 0-based `step` of `steps`."""
-        import math
-
-        rate = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
-        done = max(0.0, (step / steps - self.decay_from) / (1.0 - self.decay_from))
-        if self.decay == "linear":
-            return rate * (1.0 - 0.99 * done)
-        if self.decay == "cosine":
-            return rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
-        return rate
-
-
-class Ema(Settings):
-    """Exponential moving average of the weights; the average is what a stage ships."""
-
-    decay: float = Field(0.9999, ge=0, lt=1)
-    ramp: bool = Field(
-        True,
-        description="min(decay, (1+n)/(10+n)) at update n, as in SlimFlow; false is rf++'s constant",
-    )
-
-    def decay_at(self, update: int) -> float:
-        """Decay of the 1-based `update`."""
-        return min(self.decay, (1 + update) / (10 + update)) if self.ramp else self.decay
-
-
 class Feed(Settings):
     """Which pairs of the stores are seen, and how often."""
 
@@ -147,6 +105,10 @@ class Training(Stage):
     )
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
+    post_hoc: PostHoc | None = Field(
+        None, description="keep averages from which others are made when training is done"
+    )
+    non_finite: NonFinite = NonFinite()
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="arithmetic of the network; weights, averages and losses stay fp32"
     )
@@ -154,8 +116,29 @@ class Training(Stage):
         "float32",
         description="number format of the weights in model.safetensors; training is not touched",
     )
+    compile: bool = Field(False, description="torch.compile: worth its minutes on a GPU, and no gain on CPUs")
+    channels_last: bool = Field(
+        False, description="keep images with their channels innermost, which GPUs with tensor cores prefer"
+    )
+    sharded: bool = Field(
+        False,
+        description="deal out weights, averages and moments to the processes (FSDP2), for networks that "
+        "are too large for one device",
+    )
+    previews: Previews | None = Field(None, description="pictures while training goes on, in previews/")
+    trackers: list[Literal["tensorboard"]] = Field(
+        [], description="where the log is written besides log.jsonl: tensorboard/"
+    )
     log_every: int = Field(50, gt=0, description="steps between two lines of log.jsonl")
     checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Training:
+        if self.sharded and self.precision == "fp16":
+            raise ValueError(
+                "precision: fp16 needs a loss scaler, which sharded gradients have not; use bf16"
+            )
+        return self
 
     def student(self, work: Work) -> Model:
         """The network to be trained, with its card."""
@@ -170,17 +153,32 @@ class Training(Stage):
         return None
 
     def per_sample(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss [B] and its named terms [B]: the mathematics of the method."""
+        """Loss [B] and its named terms [B]: the mathematics of the method.
+
+        A term `t` says where in time each sample was, and the loss is sorted by it.
+        """
         raise NotImplementedError
 
     def conclude(self, network: nn.Module) -> Figures:
         """Measure the averaged network before it is written; the figures go into its card."""
         return {}
 
+    def preflight(self, inputs: Mapping[str, Any]) -> None:
+        if self.trackers and importlib.util.find_spec("tensorboard") is None:
+            raise MissingInput(
+                "trackers: tensorboard is not installed; get it with pip install 'flowdistill[tensorboard]', "
+                "or leave `trackers` out (log.jsonl has the same figures)"
+            )
+
     def run(self, work: Work) -> Done:
         from flowdistill.training import fit
 
         return fit(self, work)
+
+    def plan(self, work: Work) -> Cost:
+        from flowdistill.training import rehearse
+
+        return rehearse(self, work)
 
 
 @cache

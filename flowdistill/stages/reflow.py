@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from flowdistill.architectures import Architecture, arguments
-from flowdistill.objectives import Compared, Loss, LpipsHuber, Timesteps, UShaped, of_some
+from flowdistill.conventions import Convention
+from flowdistill.objectives import Compared, Loss, LpipsHuber, of_some
 from flowdistill.recipe import Reference
 from flowdistill.stages import Feed, Training
+from flowdistill.timesteps import Timesteps, UShaped
 from flowdistill.work import Work
 
 if TYPE_CHECKING:
@@ -46,8 +48,19 @@ class Reflow(Training):
         None,
         description="train this network from scratch instead of starting from the weights of `init`",
     )
+    convention: Convention | None = Field(
+        None,
+        description="what the fresh `network` is fed and what its output means; left out, canonical "
+        "velocity. A network that is not fresh keeps its own",
+    )
     timesteps: Timesteps = UShaped()
     loss: Loss = LpipsHuber()
+    label_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of samples whose label is withheld, so that the student can be guided",
+    )
 
     @model_validator(mode="after")
     def _fed(self) -> Reflow:
@@ -57,9 +70,12 @@ class Reflow(Training):
         if self.feed.weights and len(self.feed.weights) != len(stores):
             count = len(self.feed.weights)
             raise ValueError(f"feed.weights: {count} numbers for {len(stores)} stores of pairs")
+        if self.convention and not self.network:
+            raise ValueError("convention: only a fresh network can be given one; describe it with `network`")
         return self
 
     def preflight(self, inputs: Mapping[str, Any]) -> None:
+        super().preflight(inputs)
         named = inputs.get("loss.distance.weights")
         if isinstance(self.loss, Compared) and self.loss.distance is not None and not named:
             from flowdistill.evaluation import lpipsweights
@@ -85,7 +101,8 @@ class Reflow(Training):
             torch.manual_seed(randomness.key(work.seed, "weights"))
             changes["architecture"] = self.network.name
             changes["arguments"] = arguments(self.network, start.card.shape, start.card.classes)
-            changes["convention"] = None
+            changes["convention"] = self.convention
+            changes["null_label"] = None
             return teachers.new(start.card.model_copy(update=changes))
         if start.card.architecture == "analytic":
             raise UsageError(
@@ -115,10 +132,12 @@ class Reflow(Training):
         """The premetric between v_hat(x_t, t) and eps - x0 at a U-shaped t."""
         from flowdistill import flow
 
-        t = self.timesteps.from_uniform(batch.draw.uniform("timesteps")).to(batch.x0)
+        t = batch.times(self.timesteps)
         x_t = flow.interpolate(batch.x0, batch.eps, t)
-        v_hat = network(x_t, t, batch.labels)
-        return self.loss(v_hat, flow.velocity(batch.x0, batch.eps), x_t, t, self._distance(batch))
+        v_hat = network(x_t, t, batch.some_labels(self.label_dropout))
+        v = flow.velocity(batch.x0, batch.eps)
+        loss, terms = self.loss(v_hat, v, x_t, t, self._distance(batch))
+        return loss, {**terms, "t": t}
 
     def _distance(self, batch: Batch) -> Distance | None:
         """The perceptual distance, of a share of the samples where the loss says so."""

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from flowdistill.architectures import Architecture, UNet, arguments
-from flowdistill.objectives import SquaredL2, Timesteps, Uniform, wcfm_weight
+from flowdistill.objectives import SquaredL2, wcfm_weight
 from flowdistill.recipe import Settings
 from flowdistill.stages import Training
+from flowdistill.timesteps import Timesteps, Uniform
 from flowdistill.work import Figures, Work
 
 if TYPE_CHECKING:
@@ -43,20 +44,14 @@ class FlowMatching(Settings):
         """||v_hat - v||^2 / d, weighted."""
         from flowdistill import flow
 
-        t = self.timesteps.from_uniform(batch.draw.uniform("timesteps")).to(batch.x0)
+        t = batch.times(self.timesteps)
         x_t = flow.interpolate(batch.x0, batch.eps, t)
-        v_hat = network(x_t, t, self._labels(batch))
+        v_hat = network(x_t, t, batch.some_labels(self.label_dropout))
         loss, _ = SquaredL2()(v_hat, flow.velocity(batch.x0, batch.eps), x_t, t, None)
         if self.wcfm_kappa is None:
-            return loss, {}
-        return loss * wcfm_weight(batch.x0, batch.eps, self.wcfm_kappa), {"unweighted": loss}
-
-    def _labels(self, batch: Batch) -> Tensor | None:
-        """The labels, some replaced by the number that stands for none."""
-        if batch.labels is None or not self.label_dropout:
-            return batch.labels
-        withheld = batch.draw.uniform("label dropout") < self.label_dropout
-        return batch.labels.masked_fill(withheld.to(batch.labels.device), batch.classes)
+            return loss, {"t": t}
+        weight = wcfm_weight(batch.x0, batch.eps, self.wcfm_kappa)
+        return loss * weight, {"unweighted": loss, "t": t}
 
 
 class Classification(Settings):
