@@ -296,6 +296,14 @@ class Pipeline:
                     queue.append(reference)
         return [other for other in self.stages if other in needed]
 
+    def missing(self, name: str, but: Collection[str]) -> list[str]:
+        """The stages that a stage rests on and that are not done, through its references `but` these."""
+        named = _flat(value for field, value in self._references(name).items() if field not in but)
+        needed = {
+            other for reference in named if reference in self.stages for other in self.needed(reference)
+        }
+        return [each.stage for each in self.status() if each.stage in needed and each.state != "done"]
+
     def _inputs(self, name: str) -> dict[str, Any]:
         """Reference field -> what `Work` opens."""
         return {field: self._locations(reference) for field, reference in self._references(name).items()}

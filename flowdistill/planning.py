@@ -61,8 +61,8 @@ def _estimate(
     name = standing.stage
     if standing.state == "done":
         return Estimate(name, stage.verb, standing.state, None, "done")
-    if standing.waits:
-        return Estimate(name, stage.verb, standing.state, None, "; ".join(standing.waits))
+    if missing := pipeline.missing(name, stage.planned_without):
+        return Estimate(name, stage.verb, standing.state, None, f"needs {', '.join(missing)}")
     show(Started(name, stage.verb))
     try:
         cost = stage.plan(pipeline.work(name, device, show, Stop()))

@@ -112,26 +112,58 @@ def _import_pairs(
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="folder of a store of pairs", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="SRC", help="folder of a store of pairs, or of a training", show_default=False
+        ),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="a new folder", show_default=False)],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DEST", help="a new folder, or a new model's file", show_default=False)
+    ],
     form: Annotated[
-        str,
-        typer.Option("--as", metavar="FORMAT", help="rfpp (rf++) or npy (RectifiedFlow, SlimFlow)"),
-    ],
+        str | None,
+        typer.Option("--as", metavar="FORMAT", help="of pairs: rfpp (rf++) or npy (RectifiedFlow, SlimFlow)"),
+    ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            "--ema", metavar="STD", help="of a training with post_hoc: the average of this width, like 0.075"
+        ),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write pairs as another toolkit keeps them.
+    """Write pairs as another toolkit keeps them, or a model of another average than the one that was shipped.
 
     Reads a finished store of pairs and writes the folder DEST, which must not be there: for rf++ samples.zip,
-    z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy.
+    z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy. With --ema, reads
+    the averages that a training has kept (`post_hoc` in its recipe) and writes the model file DEST.
 
     \b
     Examples:
       flowdistill export runs/recipe/pairs z-pairs --as npy
-      flowdistill export runs/recipe/pairs rfpp-pairs --as rfpp --json
+      flowdistill export runs/recipe/reflow student.safetensors --ema 0.075
     """
+    if (form is None) == (ema is None):
+        raise UsageError("expected --as FORMAT for pairs, or --ema STD for a training")
+    if ema is None:
+        _export_pairs(source, destination, form, as_json)
+    else:
+        _export_average(source, destination, ema, as_json)
+
+
+def _export_average(stage: Path, destination: Path, std: float, as_json: bool) -> None:
+    from flowdistill import console
+    from flowdistill.training import averages
+
+    digest = averages.export(stage, destination, std)
+    if as_json:
+        options.print_json({"path": str(destination), "ema": std, "sha256": digest})
+    else:
+        console.lines(f"{destination}: {stage} averaged with width {std:g}")
+
+
+def _export_pairs(source: Path, destination: Path, form: str | None, as_json: bool) -> None:
     from flowdistill import console, exchange
     from flowdistill.pairstore import PairStore
 

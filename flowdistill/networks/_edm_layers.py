@@ -266,11 +266,11 @@ def levels_of(
 def one_hot(labels: Tensor | None, classes: int, like: Tensor, dropout: float) -> Tensor:
     """Rows [B, classes] for labels [B], in the type and on the device of `like` [B, ...].
 
-    Rows are zero without labels, and each with probability `dropout`.
+    Rows are zero without labels, for the label `classes`, and each with probability `dropout`.
     """
     if labels is None:
         return like.new_zeros(len(like), classes)
-    rows = F.one_hot(labels, classes).to(like.dtype)
+    rows = F.one_hot(labels, classes + 1)[:, :classes].to(like.dtype)
     if dropout:
         rows = rows * (torch.rand(len(like), 1, device=like.device) >= dropout)
     return rows

@@ -39,6 +39,9 @@ class Stage(StageSettings):
     collective: ClassVar[bool] = False
     """Whether the processes of one launch can do the stage in step."""
 
+    planned_without: ClassVar[frozenset[str]] = frozenset()
+    """References whose artifacts `plan` does not read."""
+
     def run(self, work: Work) -> Done:
         """Write the artifact into `work.folder`, continuing what an earlier run left there.
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from flowdistill.architectures import Architecture, arguments
 from flowdistill.conventions import Convention
+from flowdistill.errors import UsageError
 from flowdistill.objectives import Compared, Loss, LpipsHuber, of_some
 from flowdistill.recipe import Reference
 from flowdistill.stages import Feed, Training
@@ -36,6 +37,7 @@ class Reflow(Training):
     """rf++: train a student on pairs."""
 
     verb: ClassVar[str] = "reflow"
+    planned_without: ClassVar[frozenset[str]] = frozenset({"pairs"})
 
     pairs: Annotated[str | list[str] | None, Reference("pairs")] = Field(
         None, description="stage whose pairs are learnt, or several"
@@ -86,7 +88,6 @@ class Reflow(Training):
         import torch
 
         from flowdistill import randomness, teachers
-        from flowdistill.errors import UsageError
 
         start = work.model("init")
         changes: dict[str, Any] = {
@@ -103,7 +104,7 @@ class Reflow(Training):
             changes["arguments"] = arguments(self.network, start.card.shape, start.card.classes)
             changes["convention"] = self.convention
             changes["null_label"] = None
-            return teachers.new(start.card.model_copy(update=changes))
+            return self._labelled(work, teachers.new(start.card.model_copy(update=changes)))
         if start.card.architecture == "analytic":
             raise UsageError(
                 f"{work.stage}.network: '{start.card.arguments['name']}' has no weights to start from; "
@@ -111,6 +112,24 @@ class Reflow(Training):
             )
         student = teachers.new(start.card.model_copy(update=changes))
         student.network.load_state_dict(start.network.state_dict())
+        return self._labelled(work, student)
+
+    def _labelled(self, work: Work, student: Model) -> Model:
+        """The student; `UsageError` where labels are to be withheld and it cannot do without."""
+        import torch
+
+        if not self.label_dropout:
+            return student
+        card, key = student.card, f"{work.stage}.label_dropout"
+        if not card.classes:
+            raise UsageError(f"{key}: the student has no classes; leave it out")
+        null = torch.tensor([card.null])
+        try:
+            student.network(torch.zeros(1, *card.shape), torch.tensor([0.5]), null)
+        except (IndexError, RuntimeError):
+            raise UsageError(
+                f"{key}: {card.architecture} with {card.classes} classes knows no label for none; leave it out"
+            ) from None
         return student
 
     def source(self, work: Work) -> Source:

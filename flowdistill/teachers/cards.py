@@ -111,6 +111,11 @@ class Card(Reading):
     )
 
     @property
+    def null(self) -> int:
+        """The label that stands for none, for networks that are told so by a label."""
+        return self.classes if self.null_label is None else self.null_label
+
+    @property
     def foreign(self) -> bool:
         """Whether others trained it, so that its convention is a claim and not a fact."""
         return (self.convention is not None or self.source is not None) and not self.parents

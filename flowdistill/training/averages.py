@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowdistill import artifact
 from flowdistill.errors import MissingInput, UsageError
+from flowdistill.teachers import Card
 
 if TYPE_CHECKING:
     from flowdistill.optimization import Ema, PostHoc
@@ -96,6 +97,18 @@ def _overlap(
 def snapshot_file(step: int, std: float) -> str:
     """Where the average of width `std` is kept as it is after `step` steps."""
     return f"{SNAPSHOTS}/{step:08d}-{std:g}.safetensors"
+
+
+def export(stage: Path, destination: Path, std: float) -> str:
+    """Write what `reconstruct` makes as a model file, which must not be there; returns its SHA-256."""
+    if destination.exists():
+        raise UsageError(f"{destination}: is there already; name a new file, or remove it")
+    shipped = stage / "model.safetensors"
+    if not shipped.exists():
+        raise MissingInput(f"{shipped}: no such model; expected the folder of a training that is done")
+    weights = reconstruct(stage, std)
+    card = Card.parse(artifact.read_header(shipped), shipped)
+    return card.model_copy(update={"figures": {"ema_std": std}}).write(destination, weights)
 
 
 def reconstruct(stage: Path, std: float) -> dict[str, Tensor]:

@@ -75,7 +75,6 @@ def parts(
             f"{name}.batch_size: {stage.batch_size} does not divide by {world} processes{accumulated}"
         )
     size = stage.batch_size // (world * pieces)
-    null = card.classes if card.null_label is None else card.null_label
 
     def batch(state: State, piece: int) -> Batch:
         start = (rank * pieces + piece) * size
@@ -85,7 +84,7 @@ def parts(
             x0.to(draw.device),
             eps.to(draw.device),
             None if labels is None else labels.to(draw.device),
-            null,
+            card.null,
             draw,
             state.step / stage.steps,
             perceptual,
