@@ -60,7 +60,7 @@ class Invocation:
         self.signum = signum
         if self.stop is None:
             raise _Stopped
-        self.stop.signum = signum
+        self.stop.receive(signum)
         # Not sys.stderr: a signal may arrive in the middle of a write to it.
         name = signal.Signals(signum).name
         below_the_bar = "\n" if os.isatty(2) else ""
@@ -71,6 +71,8 @@ class Invocation:
         text = f"interrupted by {signal.Signals(self.signum).name}"
         if self.stop is None:
             return text
+        if self.stop.is_late:
+            text = f"the time ({self.stop.limit}) is up"
         # With --fresh the same command would begin anew.
         again = [argument for argument in self.arguments if argument != "--fresh"]
         return f"{text}, the state is saved\ncontinue: {shlex.join(['flowdistill', *again])}"

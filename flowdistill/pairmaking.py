@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from flowdistill.teachers import Model
 
 ORDER_RK45 = 5
+INVERT_FROM = 0.001
+"""t at which the way up begins in rf++'s code."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Maker:
 
         x = x.to(self.work.device)
         labels = None if labels is None else labels.to(self.work.device)
-        field = self.field if self.data is None else _beginning_at(self.stage.invert_from, self.field)
+        field = self.field if self.data is None else beginning_at(self.stage.invert_from, self.field)
         if self.stage.solver == "rk45":
             finer = 2.0**-ORDER_RK45 if halved else 1.0
             rtol, atol = self.stage.rtol * finer, self.stage.atol * finer
@@ -137,7 +139,7 @@ class Maker:
 
         x = torch.zeros(1, 1)
         inverse = self.data is not None
-        field = _beginning_at(self.stage.invert_from, count) if inverse else count
+        field = beginning_at(self.stage.invert_from, count) if inverse else count
         integrate(field, x, self.grid, SOLVERS[self.stage.solver], inverse=inverse)
         return {"nfe": calls, "forward_passes": sum(asked)}
 
@@ -162,31 +164,40 @@ class Maker:
         return velocity
 
     def _noised(self, x0: Tensor, indices: range) -> Tensor:
-        """Where the way up begins.
-
-        Images that hold no noise at all lie on a set without volume, which the ODE carries to a set without
-        volume, and not to N(0, I).
-        """
-        from flowdistill import randomness
-
-        t = self.stage.invert_from
-        noise = randomness.noise(randomness.key(self.work.seed, "inversion"), indices, self.spec.shape)
-        return (1 - t) * x0 + t * noise
+        return noised(x0, self.stage.invert_from, self.work.seed, indices)
 
     def _checked(self, labels: Tensor | None) -> Tensor | None:
         """The labels of data, if the model wants any."""
         classes = self.spec.classes
         if not classes:
             return None
+        what = f"{self.work.stage}.data"
         if labels is None:
-            raise UsageError(f"{self.work.stage}.data: has no labels, and the model has {classes} classes")
-        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            found = f"{int(labels.min())} to {int(labels.max())}"
-            raise UsageError(f"{self.work.stage}.data: labels {found}, the model has 0 to {classes - 1}")
+            raise UsageError(f"{what}: has no labels, and the model has {classes} classes")
+        check_labels(labels, classes, what)
         return labels
 
 
-def _beginning_at(start: float, field: VelocityField) -> VelocityField:
+def check_labels(labels: Tensor, classes: int, what: str) -> None:
+    """Refuse the labels [n] of `what` where the model has no such class."""
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < classes:
+        raise UsageError(f"{what}: labels {low} to {high}, the model has 0 to {classes - 1}")
+
+
+def noised(x0: Tensor, t: float, seed: int, indices: range) -> Tensor:
+    """Where the way up from the samples x0 [B, *shape] of these indices begins, [B, *shape].
+
+    Images that hold no noise at all lie on a set without volume, which the ODE carries to a set without
+    volume, and not to N(0, I).
+    """
+    from flowdistill import randomness
+
+    noise = randomness.noise(randomness.key(seed, "inversion"), indices, x0.shape[1:])
+    return (1 - t) * x0 + t * noise
+
+
+def beginning_at(start: float, field: VelocityField) -> VelocityField:
     """The field over a time that is 0 at t = `start` and 1 at t = 1."""
     return lambda x, time, labels: (1 - start) * field(x, start + (1 - start) * time, labels)
 

@@ -90,17 +90,17 @@ def is_loss(error: BaseException) -> bool:
     return by_type or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def launch(arguments: Sequence[str], count: int, tell: Callable[[str], None]) -> None:
+def launch(arguments: Callable[[], Sequence[str]], count: int, tell: Callable[[str], None]) -> None:
     """Run `flowdistill ARGUMENTS` in so many processes of this machine, and wait for them.
 
-    Where one is killed, all begin again, and continue. Raises `WorkersFailed` where one fails, and
-    `Interrupted` after a signal, when all have saved their state.
+    Where one is killed, all begin again with the arguments as they are then, and continue. Raises
+    `WorkersFailed` where one fails, and `Interrupted` after a signal, when all have saved their state.
     """
     import tempfile
 
     for _ in range(_STARTS):
         with _as_before(count), tempfile.TemporaryDirectory() as logs:
-            killed = _launch(arguments, count, Path(logs))
+            killed = _launch(arguments(), count, Path(logs))
         if killed is None:
             return
         tell(f"process {killed} of {count} was killed; all begin again, and continue")
@@ -135,9 +135,12 @@ def _launch(arguments: Sequence[str], count: int, logs: Path) -> int | None:
     except SignalException as error:
         raise Interrupted(error.sigval) from None
     except ChildFailedError as error:
-        for rank, failure in error.failures.items():
-            if failure.exitcode == -signal.SIGKILL:  # the others may have failed for want of it
-                return rank
+        exit_codes = {failure.exitcode: rank for rank, failure in error.failures.items()}
+        if -signal.SIGKILL in exit_codes:  # the others may have failed for want of it
+            return exit_codes[-signal.SIGKILL]
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if 128 + signum in exit_codes:  # one was told to stop, or its time is up, and all agreed
+                raise Interrupted(signum) from None
         rank, failure = error.get_first_failure()
         if 0 in error.failures and error.failures[0].exitcode == failure.exitcode:
             rank = 0  # it has said the same already

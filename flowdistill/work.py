@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,15 +49,49 @@ class Cost:
 
 
 class Stop:
-    """Set by the first SIGINT or SIGTERM; long work asks at points where its state is whole."""
+    """Set by the first SIGINT or SIGTERM, or when the time is up; long work asks where its state is whole.
 
-    def __init__(self) -> None:
-        self.signum = 0
+    Between two calls of `check` the answer is the same, whatever happens meanwhile: what was saved for it, or
+    agreed on with other processes, is what `check` acts on.
+    """
+
+    def __init__(self, seconds: float = math.inf, limit: str = "") -> None:
+        self.limit = limit
+        """How a person said how many seconds there are, as in `--max-time 2h`."""
+        self._deadline = time.monotonic() + seconds
+        self._received = 0
+        self._answer: int | None = None
+
+    @property
+    def signum(self) -> int:
+        """The signal that work has to end by, 0 while it may go on: a deadline is like a SIGTERM."""
+        if self._answer is None:
+            self._answer = self._received or (signal.SIGTERM if self.seconds_left <= 0 else 0)
+        return self._answer
+
+    @signum.setter
+    def signum(self, agreed: int) -> None:
+        self._answer = agreed
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the time is up."""
+        return self._deadline - time.monotonic()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up, and no signal came first."""
+        return not self._received and self.seconds_left <= 0
+
+    def receive(self, signum: int) -> None:
+        """Note a signal of the system, at any moment."""
+        self._received = signum
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal has arrived. Call it only when everything is saved."""
+        """Raise `Interrupted` if work has to end. Call it only when everything is saved."""
         if self.signum:
             raise Interrupted(self.signum)
+        self._answer = None
 
 
 @dataclass(frozen=True)

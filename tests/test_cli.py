@@ -101,18 +101,18 @@ def commands(group: Any = None, prefix: str = "") -> dict[str, Any]:
 # The set of commands and options ---------------------------------------------------------------------------
 
 WORK_OPTIONS = "--device --json --out --quiet --seed --verbose -q -v"
-RECIPE_OPTIONS = f"--fresh -s {WORK_OPTIONS}"
+RECIPE_OPTIONS = f"--fresh --max-time -s {WORK_OPTIONS}"
 STAGE_OPTIONS = f"--only --stage {RECIPE_OPTIONS}"
 OPTIONS = {
     "run": f"--procs {RECIPE_OPTIONS}",
     "status": "--json --out --seed --verbose -s -v",
     "plan": f"-s {WORK_OPTIONS}",
-    "train": f"--procs {STAGE_OPTIONS}",
+    "train": f"--procs --prove-resume {STAGE_OPTIONS}",
     "pairs": f"--procs {STAGE_OPTIONS}",
-    "reflow": f"--procs {STAGE_OPTIONS}",
+    "reflow": f"--procs --prove-resume {STAGE_OPTIONS}",
     "boss": f"--model --nfe {STAGE_OPTIONS}",
     "eval": STAGE_OPTIONS,
-    "sample": f"--count --force --labels --nfe --schedule --solver {WORK_OPTIONS}",
+    "sample": f"--count --force --invert --labels --nfe --schedule --solver --times {WORK_OPTIONS}",
     "import": "--card --classes --force --json --preset --swap --verbose --weights -v",
     "export": "--as --json --verbose -v",
     "inspect": "--grid --json --verbose -v",

@@ -164,8 +164,14 @@ def test_a_model_that_stands_still(tmp_path: Path) -> None:
     assert still_paths["straightness@16"]["value"] == 0.0
     assert found.content["models"]["still"]["skipped"] == {"curvature": "the samples are their noise"}
     teacher_paths = found.content["models"]["teacher"]["metrics"]
-    total, per_dim = (teacher_paths[f"straightness{ending}@16"]["value"] for ending in ("", "_per_dim"))
+    total, per_dim, norm = (
+        teacher_paths[f"straightness{ending}@16"]["value"] for ending in ("", "_per_dim", "_norm")
+    )
     assert total == pytest.approx(2 * per_dim) and total > 0.01
+    assert 0 < norm < total**0.5  # Jensen's inequality
+    for figure in teacher_paths.values():
+        assert figure["low"] < figure["value"] < figure["high"]
+        assert (figure["n"], figure["paths"]) == (16, "32 Euler steps")
     times = [1 - step / 32 for step in range(33)]
     moved = (noises(16) - euler(noises(16), times)).square().sum(1).mean()
     assert teacher_paths["curvature@16"]["value"] == pytest.approx(total / float(moved), rel=1e-4)

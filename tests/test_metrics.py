@@ -213,33 +213,81 @@ def test_endpoint_error_is_a_root_mean_square_over_the_dimensions() -> None:
     assert metrics.endpoint_error(x, reference).tolist() == [0.0, 0.5]
 
 
-def path(flow: Mixture, steps: int, count: int) -> tuple[Tensor, Tensor]:
-    """S and ||Z1 - Z0||^2 along Euler's paths of a flow."""
+def path(flow: Mixture, steps: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Deviations from the straight line along Euler's paths of a flow, and ||Z1 - Z0||^2."""
     velocities: list[Tensor] = []
     schedule, start = uniform(steps), noise(0, range(count), flow.shape).double()
     end = integrate(flow, start, schedule, SOLVERS["euler"], on_step=lambda i, t, x, v: velocities.append(v))
-    return metrics.straightness(schedule.times, velocities, start, end)
+    return metrics.deviations(schedule.times, velocities, start, end)
 
 
 def test_a_straight_coupling_has_straightness_0() -> None:
     """To a point mass all paths are straight: v = (x - mu) / t."""
     point = Mixture(torch.ones(1), torch.tensor([[0.5, -1.0]]), torch.zeros(1, 2))
-    total, displacement = path(point, 16, 64)
-    assert float((total / displacement).max()) < 1e-20
+    squared, plain, displacement = path(point, 16, 64)
+    assert float((squared / displacement).max()) < 1e-20
+    assert float((plain / displacement.sqrt()).max()) < 1e-10
 
 
-def test_straightness_of_a_gaussian_is_the_closed_form() -> None:
-    """x_t = (1-t) mu + c(t) eps, c^2 = (1-t)^2 s^2 + t^2: S = sum (int c'^2 - (1-s)^2) eps^2."""
-    flow, steps = gaussian((2,)), 400
-    total, displacement = path(flow, steps, 32)
-    eps = noise(0, range(32), (2,)).double()
-    t = torch.linspace(0, 1, 20001, dtype=torch.float64)[:, None]
-    c = ((1 - t) ** 2 * flow.stds[0] ** 2 + t**2).sqrt()
-    speed = (t - (1 - t) * flow.stds[0] ** 2) / c
-    excess = torch.trapezoid(speed**2, t, dim=0) - (1 - flow.stds[0]) ** 2
-    assert torch.allclose(total, (excess * eps**2).sum(1), rtol=0.02)
+def bends(flow: Mixture) -> tuple[Tensor, Tensor]:
+    """Times [T] and c' - (1 - s), where x_t = (1 - t) mu + c(t) eps with c^2 = (1 - t)^2 s^2 + t^2."""
+    t = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    u, s = t.reshape(-1, *[1] * len(flow.shape)), flow.stds[0]
+    return t, (u - (1 - u) * s**2) / ((1 - u) ** 2 * s**2 + u**2).sqrt() - (1 - s)
+
+
+def test_deviations_of_a_gaussian_are_the_closed_form() -> None:
+    flow, eps = gaussian((2,)), noise(0, range(32), (2,)).double()
+    squared, plain, displacement = path(flow, 400, 32)
+    t, off = bends(flow)
+    squares = (off[:, None] * eps).square().sum(2)  # [T, 32]
+    assert torch.allclose(squared, torch.trapezoid(squares, t, dim=0), rtol=0.02)
+    assert torch.allclose(plain, torch.trapezoid(squares.sqrt(), t, dim=0), rtol=0.02)
     exact = ((eps - flow.flow_map(eps)) ** 2).sum(1)
     assert torch.allclose(displacement, exact, rtol=0.02, atol=1e-3)
+
+
+def test_every_definition_of_straightness_is_the_closed_form() -> None:
+    """Of a Gaussian whose deviations all are s, each splits into an integral and a moment of the noise."""
+    s, n = 0.3, 400
+    mean = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(1, 3, 2, 2)
+    flow = Mixture(torch.ones(1), mean, torch.full_like(mean, s))
+    found = metrics.straightness(*path(flow, 1000, n), 12)
+    eps, (t, off) = noise(0, range(n), flow.shape).double().flatten(1), bends(flow)
+    off, squares = off[:, 0, 0, 0], eps.square().sum(1)
+    total = float(torch.trapezoid(off.square(), t) * squares.mean())
+    expected = {
+        "straightness": total,
+        "straightness_per_dim": total / 12,
+        "straightness_norm": float(torch.trapezoid(off.abs(), t) * squares.sqrt().mean()),
+        "curvature": total / float(((1 - s) * eps - mean.flatten()).square().sum(1).mean()),
+    }
+    assert {name: each.value for name, each in found.items()} == pytest.approx(expected, rel=0.005)
+    for each in found.values():
+        assert each.n == n and each.low < each.value < each.high
+
+
+def test_straightness_per_dimension_is_rf_plus_pluss() -> None:
+    """mean_i ||(z_i - z_{i+1}) / (1/N) - (z_first - z_last)||^2, a mean over pixels, of uniform steps."""
+    flow, steps, count = gaussian((3, 2, 2)), 5, 40
+    z = [noise(0, range(count), flow.shape).double()]
+    for i in range(steps):
+        t = torch.full((count,), 1 - i / steps, dtype=torch.float64)
+        z.append(z[-1] - flow(z[-1], t) / steps)
+    off = [(z[i] - z[i + 1]) / (1 / steps) - (z[0] - z[-1]) for i in range(steps)]
+    theirs = torch.stack([each.square().mean((1, 2, 3)) for each in off]).mean(0)
+    squared, plain, displacement = path(flow, steps, count)
+    torch.testing.assert_close(squared / 12, theirs)
+    found = metrics.straightness(squared, plain, displacement, 12)
+    assert found["straightness_per_dim"].value == pytest.approx(float(theirs.mean()))
+    norms = torch.stack([each.flatten(1).norm(dim=1) for each in off]).mean(0)  # SlimFlow's
+    assert found["straightness_norm"].value == pytest.approx(float(norms.mean()))
+
+
+def test_samples_that_are_their_noise_have_no_curvature() -> None:
+    nothing = torch.zeros(4, dtype=torch.float64)
+    found = metrics.straightness(nothing, nothing, nothing, 2)
+    assert list(found) == ["straightness", "straightness_per_dim", "straightness_norm"]
 
 
 def test_one_step_is_straight_and_a_curved_flow_is_not() -> None:

@@ -70,7 +70,8 @@ def test_plan_says_what_it_will_take_and_writes_nothing(
     assert pairs["cost"]["seconds"] == pytest.approx((1_000_000 + 3 * 4) / pairs["cost"]["per_second"])
     per_pair = 2 * 3 * 16 * 16 + 2 + 4 + 32  # x0, label, distance, record
     assert per_pair < pairs["cost"]["size_bytes"] / 1_000_000 < per_pair + 110  # small shards
-    assert reflow["cost"] is None and reflow["remark"] == "not measured for this verb"
+    assert (reflow["cost"]["units"], reflow["cost"]["unit"]) == (1, "step")
+    assert reflow["cost"]["seconds"] == pytest.approx(1 / reflow["cost"]["per_second"])
     assert plan["free_bytes"] > 0 and plan["peak_memory_bytes"] > 1e7
     answer = shell("plan", "recipe.yaml", "--out", "elsewhere", "-s", "pairs.count=1000000")
     assert "1000000 pairs" in answer.out and "GB" in answer.out and "pairs/s" in answer.out
@@ -79,12 +80,14 @@ def test_plan_says_what_it_will_take_and_writes_nothing(
 def test_plan_of_what_cannot_be_measured_yet(shell: Shell) -> None:
     Path("recipe.yaml").write_text(RECIPE + "  - pairs: {name: more, model: reflow}\n")
     answer = shell("plan", "recipe.yaml", "--json")
-    assert "runs/recipe/reflow: no such model" in answer.json["stages"][2]["remark"]
+    assert answer.json["stages"][2]["remark"] == "needs reflow"
 
 
 def test_plan_of_what_is_done(shell: Shell) -> None:
+    Path("recipe.yaml").write_text(RECIPE + "  - boss: {model: teacher}\n")
     answer = shell("plan", "recipe.yaml", "--json")
-    assert [stage["remark"] for stage in answer.json["stages"]] == ["done", "not measured for this verb"]
+    remarks = [stage["remark"] for stage in answer.json["stages"]]
+    assert remarks == ["done", "", "not measured for this verb"]
 
 
 def test_plan_says_when_the_disk_is_too_small(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

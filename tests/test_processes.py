@@ -198,8 +198,8 @@ def children(process: int) -> list[int]:
     [
         (["boss"], "'boss' is not for several processes"),
         (["run"], "'boss' is not for several processes"),
-        (["pairs", "--fresh"], "--fresh and --procs are for one process"),
-        (["pairs", "--procs", "2"], "--fresh and --procs are for one process"),
+        (["pairs", "--fresh"], "--fresh, --procs and --prove-resume are for one process"),
+        (["pairs", "--procs", "2"], "--fresh, --procs and --prove-resume are for one process"),
     ],
 )
 def test_what_a_launcher_cannot_start(

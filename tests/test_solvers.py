@@ -10,19 +10,26 @@ from typing import get_args
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_edm_networks import CASES, denoiser
 from torch import Tensor
 
 from flowdistill.analytic import Mixture, gaussian, mixture
 from flowdistill.errors import UsageError
+from flowdistill.evaluation.metrics import deviations
+from flowdistill.flow import expand
 from flowdistill.randomness import noise
 from flowdistill.schedule import Schedule, bellman, edm, shifted, uniform
-from flowdistill.solvers import SOLVERS, Solver, SolverName, integrate, nfe, steps_for
+from flowdistill.solvers import SOLVERS, OdeSolver, Solver, SolverName, integrate, nfe, steps_for
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ALIASES: dict[SolverName, SolverName] = {"rf-solver": "midpoint"}
 every_solver = pytest.mark.parametrize(
     "solver", dict.fromkeys(SOLVERS.values()), ids=lambda solver: solver.name
 )
+ode_solver = pytest.mark.parametrize(
+    "solver", dict.fromkeys(SOLVERS[name] for name in get_args(OdeSolver)), ids=lambda solver: solver.name
+)
+only_down = pytest.mark.parametrize("name", ["reinterpolate", "reinterpolate-heun"])
 
 
 class Counting:
@@ -40,6 +47,7 @@ class Counting:
 def test_the_registry_is_the_recipes_choice() -> None:
     assert get_args(SolverName) == tuple(SOLVERS)
     assert all(ALIASES.get(name, name) == solver.name for name, solver in SOLVERS.items())
+    assert all((solver.order > 0) == (name in get_args(OdeSolver)) for name, solver in SOLVERS.items())
 
 
 def test_an_alias_is_the_very_rule() -> None:
@@ -56,10 +64,10 @@ STABILITY: dict[SolverName, Callable[[float], float]] = {
 }
 
 
-@every_solver
+@ode_solver
 def test_one_step_of_a_linear_flow_is_the_stability_polynomial(solver: Solver) -> None:
     x = torch.tensor([[2.0, -3.0]], dtype=torch.float64)
-    after = solver.step(lambda x, t: 1.5 * x, x, 1.5 * x, 0.8, 0.4)
+    after = solver.begin(x)(lambda x, t: 1.5 * x, x, 1.5 * x, 0.8, 0.4)
     torch.testing.assert_close(after, x * STABILITY[solver.name](1.5 * (0.4 - 0.8)))
 
 
@@ -71,10 +79,10 @@ QUADRATURE: dict[SolverName, Callable[[Callable[[float], float], float, float], 
 }
 
 
-@every_solver
+@ode_solver
 def test_one_step_of_a_field_of_time_is_the_rules_quadrature(solver: Solver) -> None:
     x = torch.tensor([[2.0, -3.0]], dtype=torch.float64)
-    after = solver.step(
+    after = solver.begin(x)(
         lambda x, t: torch.full_like(x, math.exp(t)), x, torch.full_like(x, math.exp(0.8)), 0.8, 0.5
     )
     average = QUADRATURE[solver.name](math.exp, 0.8, 0.5)
@@ -88,7 +96,7 @@ def bent() -> tuple[Mixture, Tensor, Tensor]:
     return field, eps, integrate(field, eps, uniform(512), SOLVERS["rk4"])
 
 
-@every_solver
+@ode_solver
 def test_order_is_measured_on_a_bent_mixture(solver: Solver, bent: tuple[Mixture, Tensor, Tensor]) -> None:
     """log2(error(n) / error(2n)); on a single Gaussian, which is linear, midpoint would show 3.
 
@@ -103,7 +111,7 @@ def test_order_is_measured_on_a_bent_mixture(solver: Solver, bent: tuple[Mixture
 
 def test_heuns_last_step_is_eulers() -> None:
     x = torch.tensor([[2.0]], dtype=torch.float64)
-    after = SOLVERS["heun"].step(lambda x, t: x / t, x, 3 * x, 0.25, 0.0)
+    after = SOLVERS["heun"].begin(x)(lambda x, t: x / t, x, 3 * x, 0.25, 0.0)
     assert after.tolist() == [[2.0 - 0.25 * 6.0]]
 
 
@@ -122,6 +130,8 @@ def test_evaluations_by_hand() -> None:
     assert spent["heun"] == [1, 3, 35]
     assert spent["midpoint"] == [2, 4, 36]
     assert spent["rk4"] == [4, 8, 72]
+    assert spent["reinterpolate"] == [1, 2, 18]
+    assert spent["reinterpolate-heun"] == [1, 3, 35]
 
 
 @every_solver
@@ -143,6 +153,7 @@ def test_steps_for_a_budget_undo_nfe(solver: Solver) -> None:
         ("rk4", 3, "4 would do"),
         ("rk4", 6, "4 or 8 would do"),
         ("rk4", 7, "4 or 8 would do"),
+        ("reinterpolate-heun", 4, "3 or 5 would do"),
     ],
 )
 def test_budgets_that_no_number_of_steps_meets_are_refused(
@@ -167,7 +178,7 @@ def test_the_field_is_asked_in_its_own_terms(solver: Solver) -> None:
     assert times == sorted(times, reverse=True)
 
 
-@every_solver
+@ode_solver
 def test_labels_choose_the_flow(solver: Solver) -> None:
     field, eps = mixture((2,)), noise(0, range(3), (2,)).double()
     labels = torch.tensor([0, 1, 2])
@@ -262,7 +273,7 @@ def test_samples_do_not_see_each_other(solver: Solver) -> None:
     torch.testing.assert_close(integrate(field, eps[4:5], uniform(3), solver), whole[4:5])
 
 
-@every_solver
+@ode_solver
 def test_the_way_up_ends_at_the_noise_that_a_closed_form_names(solver: Solver) -> None:
     """Of the median sample; the quantile map of a bent flow, whose noise is where it came from."""
     field, eps = mixture((1,)), noise(0, range(65), (1,)).double()
@@ -274,7 +285,7 @@ def test_the_way_up_ends_at_the_noise_that_a_closed_form_names(solver: Solver) -
     assert math.log2(coarse / fine) == pytest.approx(solver.order, abs=0.25)
 
 
-@every_solver
+@ode_solver
 def test_the_way_up_undoes_a_gaussians_linear_map(solver: Solver) -> None:
     """On a linear flow a rule may be of a higher order than its own, never of a lower one."""
     field, data = gaussian((2,)), noise(0, range(65), (2,)).double()
@@ -288,7 +299,7 @@ def test_the_way_up_undoes_a_gaussians_linear_map(solver: Solver) -> None:
     assert fine < 0.03 * float(exact.abs().max())
 
 
-@every_solver
+@ode_solver
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_there_and_back_converges_with_the_order(solver: Solver, shift: float) -> None:
     """Noise to data to noise, and data to noise to data, each of the median sample."""
@@ -305,7 +316,7 @@ def test_there_and_back_converges_with_the_order(solver: Solver, shift: float) -
         assert math.log2(coarse / fine) > solver.order - 0.3
 
 
-@every_solver
+@ode_solver
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_evaluations_of_the_way_up_are_counted(solver: Solver, steps: int) -> None:
     for schedule in (uniform(steps), shifted(steps, 3.0), edm(steps)):
@@ -325,7 +336,7 @@ def test_heuns_steps_up_are_all_heuns() -> None:
     assert float(end) == pytest.approx(2 * (1 + 0.4 + 0.08) * (1 + 0.6 + 0.18))
 
 
-@every_solver
+@ode_solver
 def test_the_knots_of_the_way_up_are_seen_once(solver: Solver) -> None:
     field, schedule = mixture((2,)), Schedule((1.0, 0.8, 0.3, 0.0), "test")
     data, labels = noise(0, range(4), (2,)).double(), torch.tensor([0, 1, 2, 0])
@@ -353,3 +364,137 @@ def test_boss_itself_arrives_at_the_same_samples(name: str) -> None:
         schedule = Schedule(tuple(1 - i / 10 for i in best.path(steps)), "boss")
         found = integrate(field, fixture["z0"], schedule, SOLVERS["euler"])
         torch.testing.assert_close(found, fixture[f"euler_out.nfe{steps}"], rtol=0, atol=1e-5)
+
+
+# rf++'s samplers -------------------------------------------------------------------------------------------
+
+NEARLY_1 = 1 - 1e-5
+
+
+class Knots(Schedule):
+    """Times as rf++ has them: they begin below 1 or, upwards, above 0."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def knots(steps: int) -> Knots:
+    return Knots((NEARLY_1, *uniform(steps).times[1:]), "rf++")
+
+
+def rfpp(name: str) -> tuple[Callable[..., Tensor], Tensor | None, dict[str, Tensor]]:
+    """A network of EDM's as the velocity that rf++ makes of it, its labels, and what rf++'s samplers gave."""
+    denoise = denoiser(name)
+
+    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return (x - denoise(x / (1 - expand(t, x)), t / (1 - t), labels)) / expand(t, x)
+
+    found = load_file(FIXTURES / "edm" / "rfpp_samplers.safetensors")
+    own = {key.removeprefix(f"{name}/"): tensor for key, tensor in found.items() if key.startswith(name)}
+    return field, torch.arange(3) if CASES[name]["arguments"]["label_dim"] else None, own
+
+
+rfpp_case = pytest.mark.parametrize("case", ["song_ncsnpp_uncond_aug9", "dhariwal_cond3_noheads"])
+
+
+@rfpp_case
+@pytest.mark.parametrize(("key", "name", "schedule"), [
+    *((f"euler_default_N{n}", "euler", knots(n)) for n in (1, 2, 4)),
+    *((f"euler_new_N{n}", "reinterpolate", knots(n)) for n in (1, 2, 4)),
+    *((f"heun_default_NFE{2 * n - 1}", "heun", knots(n)) for n in (2, 3)),
+    *((f"heun_new_NFE{2 * n - 1}", "reinterpolate-heun", knots(n)) for n in (2, 3)),
+    ("euler_new_tsteps_1_0.6_0.2", "reinterpolate", Knots((NEARLY_1, 0.6, 0.2, 0.0), "rf++")),
+])  # fmt: skip
+@torch.no_grad()
+def test_rf_plus_plus_itself_arrives_at_the_same_samples(
+    case: str, key: str, name: SolverName, schedule: Schedule
+) -> None:
+    """From its own start, (1 - 1e-5) z at t = 1 - 1e-5, and nearly so from z at t = 1."""
+    field, labels, recorded = rfpp(case)
+    z, expected = recorded["in.z"], recorded[f"out.{key}"]
+    found = integrate(field, NEARLY_1 * z, schedule, SOLVERS[name], labels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+    ours = Schedule((1.0, *schedule.times[1:]), "ours")
+    at_most = lambda x, t, labels: field(x, t.clamp(max=NEARLY_1), labels)  # noqa: E731
+    torch.testing.assert_close(
+        integrate(at_most, z, ours, SOLVERS[name], labels), expected, rtol=0, atol=1e-4
+    )
+
+
+@rfpp_case
+@torch.no_grad()
+def test_rf_plus_plus_itself_arrives_at_the_same_noise(case: str) -> None:
+    """Its inversion; at t = 0.001 it divides a rounded difference by 0.001."""
+    field, labels, recorded = rfpp(case)
+    schedule = Knots((1.0, 0.75, 0.5, 0.25, 0.001), "rf++")
+    start = recorded["in.img_for_inversion"]
+    found = integrate(field, start, schedule, SOLVERS["euler"], labels, inverse=True)
+    torch.testing.assert_close(found, recorded["out.inversion_euler4_noise"], rtol=0, atol=2e-4)
+
+
+@rfpp_case
+@torch.no_grad()
+def test_rf_plus_plus_finds_the_same_straightness(case: str) -> None:
+    """Of its Euler path of four steps: S divided by the dimension."""
+    field, labels, recorded = rfpp(case)
+    schedule, start, velocities = knots(4), NEARLY_1 * recorded["in.z"], list[Tensor]()
+    keep = lambda i, t, x, v: velocities.append(v)  # noqa: E731
+    end = integrate(field, start, schedule, SOLVERS["euler"], labels, keep)
+    squared, _, _ = deviations(uniform(4).times, velocities, start, end)
+    torch.testing.assert_close(
+        squared / start[0].numel(), recorded["out.straightness_euler4"], rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_re_interpolation_by_hand(steps: int) -> None:
+    field, eps = mixture((2,)), noise(0, range(20), (2,)).double()
+    for name, heun in (("reinterpolate", False), ("reinterpolate-heun", True)):
+        z = eps
+        for t, s in uniform(steps).intervals:
+            v = field(z, torch.full((20,), t, dtype=torch.float64))
+            if heun and s > 0:
+                ahead = (1 - s) * (z - t * v) + s * eps
+                v = (v + field(ahead, torch.full((20,), s, dtype=torch.float64))) / 2
+            z = (1 - s) * (z - t * v) + s * eps
+        torch.testing.assert_close(integrate(field, eps, uniform(steps), SOLVERS[name]), z)
+
+
+@only_down
+def test_re_interpolation_is_euler_in_one_step_and_in_the_last(name: SolverName) -> None:
+    field, eps = mixture((2,)), noise(0, range(20), (2,)).double()
+    euler = integrate(field, eps, uniform(1), SOLVERS["euler"])
+    torch.testing.assert_close(integrate(field, eps, uniform(1), SOLVERS[name]), euler)
+    x, v = field(eps, torch.ones(20).double()), eps.roll(1, 0)
+    last = SOLVERS[name].begin(eps)(lambda x, t: x, x, v, 0.3, 0.0)
+    torch.testing.assert_close(last, x - 0.3 * v)
+
+
+@only_down
+def test_re_interpolation_of_a_bent_flow_ends_elsewhere_however_many_the_steps(
+    name: SolverName, bent: tuple[Mixture, Tensor, Tensor]
+) -> None:
+    field, eps, truth = bent
+    coarse, fine = (
+        float((integrate(field, eps, uniform(steps), SOLVERS[name]) - truth).norm(dim=1).median())
+        for steps in (64, 512)
+    )
+    assert fine > 0.02 and fine > 0.5 * coarse
+
+
+@only_down
+def test_re_interpolation_has_no_way_up(name: SolverName) -> None:
+    with pytest.raises(UsageError) as refused:
+        integrate(mixture((2,)), torch.zeros(1, 2), uniform(2), SOLVERS[name], inverse=True)
+    assert str(refused.value) == (
+        f"solver {name} has no way from data to noise; those that have one are "
+        "euler, heun, midpoint, rk4, rf-solver"
+    )
+
+
+def test_each_walk_remembers_its_own_start() -> None:
+    solver, field, eps = SOLVERS["reinterpolate"], mixture((2,)), noise(0, range(8), (2,)).double()
+    one, other = solver.begin(eps), solver.begin(2 * eps)
+    v = field(eps, torch.full((8,), 0.5, dtype=torch.float64))
+    ends = [step(lambda x, t: x, eps, v, 0.5, 0.25) for step in (one, other)]
+    torch.testing.assert_close(ends[1] - ends[0], 0.25 * eps)

@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowdistill.errors import UsageError, unknown
+from flowdistill.errors import UsageError, quoted, unknown
 
 if TYPE_CHECKING:
+    from flowdistill import recipe
     from flowdistill.pipeline import Pipeline
+    from flowdistill.stages import Stage
+    from flowdistill.work import Stop
 
 RECIPE_HELP = "a recipe's file, or the name of one that ships (flowdistill recipes ls)"
 MODEL_HELP = "builtin:NAME, analytic:NAME, diffusers:FOLDER, a model.safetensors or the folder of its stage"
+
+_TIMES = (
+    r"([0-9]{1,6}):([0-5][0-9]):([0-5][0-9])",
+    r"(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})s)?",
+)
+"""Hours, minutes and seconds."""
 
 
 def _be_verbose(context: typer.Context, value: bool) -> bool:
@@ -48,10 +57,22 @@ Procs = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="make anew what is stale or asked for; the old is kept beside it")
 ]
+MaxTime = Annotated[
+    str | None,
+    typer.Option(
+        "--max-time", metavar="TIME", help="save and stop after 90m, 1h30m, 01:30:00 or so many seconds"
+    ),
+]
 StageName = Annotated[
     str | None, typer.Option("--stage", metavar="NAME", help="which stage, where several have this verb")
 ]
 Only = Annotated[bool, typer.Option("--only", help="fail where an input is not done, instead of making it")]
+ProveResume = Annotated[
+    bool,
+    typer.Option(
+        "--prove-resume", help="train a few steps elsewhere, with and without kills, and compare the bytes"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, all else on stderr")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="show no progress")]
 Verbose = Annotated[
@@ -68,6 +89,17 @@ def open_recipe(
     from flowdistill.pipeline import Pipeline
 
     return Pipeline(recipe.load(_recipe_file(name), stages.verbs(), _all(overrides, seed), out))
+
+
+def read_recipe(name: str, overrides: Sequence[str] | None = None) -> recipe.Recipe[Stage]:
+    """The same, to be looked at only: files that it names need not be there."""
+    from flowdistill import recipe, stages
+    from flowdistill.pipeline import Pipeline
+
+    found = recipe.load(_recipe_file(name), stages.verbs(), _all(overrides, None), missing_ok=True)
+    if any(problem.key.startswith("teacher") for problem in found.missing):
+        return found
+    return Pipeline(found).recipe
 
 
 def without_recipe(
@@ -134,6 +166,22 @@ def one_of(option: str, value: str | None, known: Sequence[str]) -> str | None:
     if value is not None and value not in known:
         raise UsageError(f"{option}: {unknown('value', value, known)}")
     return value
+
+
+def time_limit(text: str | None) -> Stop:
+    """What stops work when the time is up that --max-time gives; UsageError where it is none."""
+    from flowdistill.work import Stop
+
+    if text is None:
+        return Stop()
+    whole = f"{text}s" if text.isdecimal() else text
+    found = re.fullmatch(_TIMES[0], whole) or re.fullmatch(_TIMES[1], whole)
+    hours, minutes, seconds = (int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+    if not (total := 3600 * hours + 60 * minutes + seconds):
+        raise UsageError(
+            f"--max-time {quoted(text)}: expected a time like 90m, 1h30m, 45s, 01:30:00 or seconds"
+        )
+    return Stop(total, f"--max-time {text}")
 
 
 def print_json(document: Any) -> None:

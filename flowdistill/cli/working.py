@@ -1,8 +1,10 @@
-"""Commands that do work: the stages of recipes, all or one, and samples."""
+"""Commands that do work: the stages of recipes, all or one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,20 +16,23 @@ from flowdistill.cli.options import (
     Device,
     Fresh,
     Json,
+    MaxTime,
     Only,
     Out,
     Overrides,
     Procs,
+    ProveResume,
     Quiet,
     Recipe,
     Seed,
     StageName,
     Verbose,
 )
-from flowdistill.errors import UsageError
+from flowdistill.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from flowdistill.pipeline import Event, Finished, Pipeline
+    from flowdistill.work import Stop
 
 NfeList = Annotated[
     list[int] | None, typer.Option("--nfe", min=1, metavar="N", help="network evaluations; repeatable")
@@ -43,6 +48,7 @@ def run(
     procs: Procs = 1,
     seed: Seed = None,
     fresh: Fresh = False,
+    max_time: MaxTime = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -65,6 +71,7 @@ def run(
         pipeline,
         None,
         device,
+        max_time,
         procs=procs,
         again=again,
         fresh=fresh,
@@ -74,7 +81,7 @@ def run(
 
 
 def stage_command(verb: str) -> Callable[..., None]:
-    """The command of any verb that needs nothing of its own."""
+    """The command of any verb that trains, and needs nothing of its own."""
 
     def command(
         context: typer.Context,
@@ -87,27 +94,31 @@ def stage_command(verb: str) -> Callable[..., None]:
         procs: Procs = 1,
         seed: Seed = None,
         fresh: Fresh = False,
+        prove_resume: ProveResume = False,
+        max_time: MaxTime = None,
         as_json: Json = False,
         quiet: Quiet = False,
         verbose: Verbose = False,
     ) -> None:
         pipeline = options.open_recipe(recipe, overrides, seed, out)
-        target = pipeline.select(verb, stage)
         _work(
             context.obj,
             pipeline,
-            target,
+            pipeline.select(verb, stage),
             device,
+            max_time,
             procs=procs,
             again=_again(recipe, overrides, seed, out, device),
             only=only,
             fresh=fresh,
+            prove_resume=prove_resume,
             as_json=as_json,
             quiet=quiet,
         )
 
     command.__doc__ = f"""Reads the recipe and the inputs of its stage '{verb}'; writes the stage's folder,
-    its manifest last. Inputs that are not done are made first. {_TOGETHER.get(verb, _IN_STEP)}
+    its manifest last. Inputs that are not done are made first. Several processes, of --procs or a launcher
+    such as torchrun, train on parts of each batch.
 
     \b
     Examples:
@@ -117,13 +128,45 @@ def stage_command(verb: str) -> Callable[..., None]:
     return command
 
 
-_IN_STEP = """Several processes, of --procs or a launcher such as
-    torchrun, train on parts of each batch."""
-_TOGETHER = {
-    "pairs": """Any number of processes, of --procs, a
-    launcher or started one by one, on this machine or on others that share the folder, each take the shards
-    that no other has."""
-}
+def pairs(
+    context: typer.Context,
+    recipe: Recipe,
+    stage: StageName = None,
+    only: Only = False,
+    overrides: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    procs: Procs = 1,
+    seed: Seed = None,
+    fresh: Fresh = False,
+    max_time: MaxTime = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Reads the recipe and the inputs of its stage 'pairs'; writes the stage's folder, its manifest last.
+    Inputs that are not done are made first. Any number of processes, of --procs, a launcher or started one by
+    one, on this machine or on others that share the folder, each take the shards that no other has.
+
+    \b
+    Examples:
+      flowdistill pairs recipe.yaml
+      flowdistill pairs recipe.yaml --procs 2 --seed 1 --out runs/seed1
+    """
+    pipeline = options.open_recipe(recipe, overrides, seed, out)
+    _work(
+        context.obj,
+        pipeline,
+        pipeline.select("pairs", stage),
+        device,
+        max_time,
+        procs=procs,
+        again=_again(recipe, overrides, seed, out, device),
+        only=only,
+        fresh=fresh,
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def boss(
@@ -142,6 +185,7 @@ def boss(
     device: Device = "auto",
     seed: Seed = None,
     fresh: Fresh = False,
+    max_time: MaxTime = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -167,7 +211,9 @@ def boss(
         if wanted:  # the name that the override needs is known only now
             overrides = [*(overrides or ()), f"{target}.nfe={wanted}"]
             pipeline = options.open_recipe(recipe, overrides, seed, out)
-    _work(context.obj, pipeline, target, device, only=only, fresh=fresh, as_json=as_json, quiet=quiet)
+    _work(
+        context.obj, pipeline, target, device, max_time, only=only, fresh=fresh, as_json=as_json, quiet=quiet
+    )
 
 
 def evaluate(
@@ -182,6 +228,7 @@ def evaluate(
     device: Device = "auto",
     seed: Seed = None,
     fresh: Fresh = False,
+    max_time: MaxTime = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -201,87 +248,13 @@ def evaluate(
     else:
         pipeline = options.open_recipe(target, overrides, seed, out)
         chosen = pipeline.select("eval", stage)
-    _work(context.obj, pipeline, chosen, device, only=only, fresh=fresh, as_json=as_json, quiet=quiet)
+    _work(
+        context.obj, pipeline, chosen, device, max_time, only=only, fresh=fresh, as_json=as_json, quiet=quiet
+    )
 
 
-OWN_COMMANDS: dict[str, Callable[..., None]] = {"boss": boss, "eval": evaluate}
-"""Verbs whose command takes more than a recipe."""
-
-
-def sample(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = "builtin:shapes",
-    nfe: Annotated[
-        int | None,
-        typer.Option(
-            "--nfe",
-            min=1,
-            metavar="N",
-            help="evaluations for a sample; left out, the model's own number, or 8",
-        ),
-    ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, metavar="N", help="number of samples")] = 64,
-    solver: Annotated[
-        str | None,
-        typer.Option("--solver", metavar="NAME", help="euler (if left out), heun, midpoint (rf-solver), rk4"),
-    ] = None,
-    schedule: Annotated[
-        Path | None,
-        typer.Option("--schedule", metavar="FILE", help="what `flowdistill boss` wrote for this model"),
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option("--labels", metavar="N,N", help="classes to draw in turn; left out, all")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of the noise")] = 0,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the files")] = Path(
-        "runs/samples"
-    ),
-    force: Annotated[
-        bool, typer.Option("--force", help="use a schedule that was made for another model")
-    ] = False,
-    device: Device = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Draw samples of a model.
-
-    Reads a model, and a schedule if one is given. Writes samples.safetensors and, for images and points in
-    the plane, grid.png, in place of those of an earlier call. Sample i depends on the seed and i alone.
-
-    \b
-    Examples:
-      flowdistill sample --nfe 8
-      flowdistill sample analytic:ring --nfe 15 --solver heun --count 500 --out runs/ring
-    """
-    from flowdistill import console, hardware, sampling, teachers
-
-    wanted = _labels(labels)
-    opened = teachers.open_model(model, hardware.resolve(device))
-    made_for = opened.card.nfe
-    if schedule is None:
-        rule = sampling.stepwise(solver or "euler", nfe or made_for or sampling.DEFAULT_NFE)
-    else:
-        rule = sampling.scheduled(schedule, opened, solver, nfe, force)
-    if made_for not in (None, rule.nfe):
-        tell(f"warning: {model} was made for {made_for} evaluations, not {rule.nfe}")
-    with console.progress(quiet) as show:
-        report = console.reporter("sample", show)
-        files = sampling.sample(
-            opened, rule, count=count, labels=wanted, seed=seed, folder=out, report=report
-        )
-    if as_json:
-        facts = {"model": model, "digest": opened.digest, "solver": rule.solver.name, "nfe": rule.nfe}
-        options.print_json({**facts, "count": count, "seed": seed, "files": list(map(str, files))})
-    else:
-        console.lines(f"{count} samples of {model}, {rule.nfe} evaluations each ({rule.solver.name})", *files)
-
-
-def _labels(text: str | None) -> list[int]:
-    try:
-        return [int(label) for label in text.split(",")] if text else []
-    except ValueError:
-        raise UsageError(f"--labels {text}: expected numbers with commas between them, as in 0,1") from None
+OWN_COMMANDS: dict[str, Callable[..., None]] = {"pairs": pairs, "boss": boss, "eval": evaluate}
+"""The commands of verbs that do not train."""
 
 
 def _work(
@@ -289,11 +262,13 @@ def _work(
     pipeline: Pipeline,
     target: str | None,
     device: str,
+    max_time: str | None,
     *,
     procs: int = 1,
     again: Sequence[str] = (),
     only: bool = False,
     fresh: bool,
+    prove_resume: bool = False,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -301,47 +276,102 @@ def _work(
 
     `again` are the arguments for another process at the same recipe, of which there are to be `procs`.
     """
-    from flowdistill import console, hardware, processes
-    from flowdistill.pipeline import Finished
-    from flowdistill.work import Stop
+    from flowdistill import console, processes
 
-    invocation.stop = stop = Stop()
-    finished: list[Finished] = []
-    chosen = hardware.resolve(device)
-
-    def in_processes(name: str) -> None:
-        arguments = [pipeline.stages[name].verb, *again, "--stage", name, "--only"]
-        processes.launch(arguments, procs, tell)
-
+    invocation.stop = stop = options.time_limit(max_time)
     if processes.launched() > 1:
-        _check_shareable(pipeline, target, fresh or procs > 1)
-    with (
-        processes.joined(chosen, _is_collective(pipeline, target)) as world,
-        console.progress(quiet or world.rank > 0) as show,
-    ):
-
-        def observe(event: Event) -> None:
-            if isinstance(event, Finished):
-                finished.append(event)
-            if procs == 1 or not pipeline.can_share(event.stage):  # else the first process shows it
-                show(event)
-
-        pipeline.run(
-            target,
-            only=only,
-            fresh=fresh,
-            device=chosen,
-            observe=observe,
-            stop=stop,
-            parallel=in_processes if procs > 1 else None,
-            world=world,
-        )
-    if world.rank:
+        _check_shareable(pipeline, target, fresh or procs > 1 or prove_resume)
+    doing = _Doing(pipeline, device, procs, again, stop, quiet)
+    if prove_resume:
+        assert target is not None
+        _prove(doing, target, only, fresh, as_json)
+        return
+    finished = doing.stages(target, only, fresh)
+    if finished is None:
         return
     if as_json:
         options.print_json(_document(pipeline, finished))
     else:
         console.results(finished, whole=target is None)
+
+
+@dataclass(frozen=True)
+class _Doing:
+    """How the stages of a recipe are to be done."""
+
+    pipeline: Pipeline
+    device: str
+    procs: int
+    again: Sequence[str]
+    stop: Stop
+    quiet: bool
+
+    def stages(self, target: str | None, only: bool, fresh: bool) -> list[Finished] | None:
+        """Do a stage and what it needs, or all; None in all processes of a launcher but the first."""
+        from flowdistill import console, hardware, processes
+        from flowdistill.pipeline import Finished
+
+        finished: list[Finished] = []
+        chosen = hardware.resolve(self.device)
+        with (
+            processes.joined(chosen, _is_collective(self.pipeline, target)) as world,
+            console.progress(self.quiet or world.rank > 0) as show,
+        ):
+
+            def observe(event: Event) -> None:
+                if isinstance(event, Finished):
+                    finished.append(event)
+                if self.procs == 1 or not self.pipeline.can_share(event.stage):  # else the first process does
+                    show(event)
+
+            self.pipeline.run(
+                target,
+                only=only,
+                fresh=fresh,
+                device=chosen,
+                observe=observe,
+                stop=self.stop,
+                parallel=self._in_processes if self.procs > 1 else None,
+                world=world,
+            )
+        return None if world.rank else finished
+
+    def _in_processes(self, name: str) -> None:
+        from flowdistill import processes
+
+        def arguments() -> list[str]:
+            self.stop.check()
+            left = max(1, self.stop.seconds_left)
+            limit = [] if math.isinf(left) else ["--max-time", str(math.ceil(left))]
+            return [self.pipeline.stages[name].verb, *self.again, *limit, "--stage", name, "--only"]
+
+        processes.launch(arguments, self.procs, tell)
+
+
+def _prove(doing: _Doing, target: str, only: bool, fresh: bool, as_json: bool) -> None:
+    """Prove that a training resumes exactly, and print it."""
+    from flowdistill import console, proving
+
+    if fresh:
+        raise UsageError(
+            "--fresh and --prove-resume: a proof leaves the stage as it is, so leave out one of them"
+        )
+    for name in [] if only else doing.pipeline.needed(target)[:-1]:
+        doing.stages(name, only=False, fresh=False)
+    arguments = [*doing.again, "--procs", str(doing.procs)]
+    with console.progress(doing.quiet) as show:
+        report = console.reporter(f"proof of {target}", show)
+        proof = proving.prove(doing.pipeline, target, arguments, doing.stop, report)
+    if as_json:
+        options.print_json(asdict(proof))
+    kills = f"{proof.steps} steps, killed {len(proof.killed_at)} times"
+    if proof.different:
+        raise ArtifactError(
+            f"{target} does not resume exactly: {', '.join(proof.different)} differ ({kills})\n"
+            "what comes out depends on interruptions: not all that is random comes from the seed and the step"
+        )
+    if not as_json:
+        console.lines(f"{target} resumes exactly: {', '.join(proof.compared)} are equal ({kills})")
 
 
 def _again(
@@ -366,7 +396,8 @@ def _check_shareable(pipeline: Pipeline, target: str | None, alone: bool) -> Non
                 f"stage '{name}' is not for several processes: do it in one, and others under the launcher"
             )
     if alone:
-        raise UsageError("--fresh and --procs are for one process: leave them out under a launcher")
+        options_alone = "--fresh, --procs and --prove-resume"
+        raise UsageError(f"{options_alone} are for one process: leave them out under a launcher")
 
 
 def _document(pipeline: Pipeline, finished: list[Finished]) -> dict[str, Any]:

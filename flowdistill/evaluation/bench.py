@@ -201,16 +201,10 @@ class Bench:
         if self.plan.paths < 2:
             return {}, {"metrics": {}, "skipped": {"straightness": "fewer than 2 paths"}}
         found = [self._along(row, part) for part in self._batches(self.plan.paths)]
-        excess, squares = (torch.cat(column) for column in zip(*found, strict=True))
-        per_dim, skipped = excess / math.prod(self.card.shape), {}
-        estimates = {
-            "straightness": metrics.mean_interval(excess, self.seed),
-            "straightness_per_dim": metrics.mean_interval(per_dim, self.seed),
-        }
-        if squares.any():
-            estimates["curvature"] = metrics.ratio_interval(excess, squares, self.seed)
-        else:
-            skipped["curvature"] = "the samples are their noise"
+        squared, plain, displacement = (torch.cat(column) for column in zip(*found, strict=True))
+        dimensions = math.prod(self.card.shape)
+        estimates = metrics.straightness(squared, plain, displacement, dimensions, self.seed)
+        skipped = {} if "curvature" in estimates else {"curvature": "the samples are their noise"}
         return {}, {"metrics": _figures(estimates, paths=f"{row.nfe} Euler steps"), "skipped": skipped}
 
     def _measure_row(self, row: Row) -> Part:
@@ -247,8 +241,8 @@ class Bench:
         labels, device = self.labels if row.model.card.classes else None, self.work.device
         return eps.to(device), None if labels is None else labels[part].to(device)
 
-    def _along(self, row: Row, part: slice) -> tuple[Tensor, Tensor]:
-        """`metrics.straightness` of the paths `part`."""
+    def _along(self, row: Row, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """`metrics.deviations` of the paths `part`."""
         states: list[Tensor] = []
         velocities: list[Tensor] = []
 
@@ -257,7 +251,7 @@ class Bench:
             velocities.append(v.cpu())
 
         end = self._solve(row, part, keep).cpu()
-        return metrics.straightness(row.schedule.times, velocities, states[0], end)
+        return metrics.deviations(row.schedule.times, velocities, states[0], end)
 
     def _latency(self, row: Row) -> dict[str, float]:
         """Milliseconds from one noise to its sample, by the host's clock."""

@@ -248,22 +248,43 @@ def endpoint_error(x: Tensor, reference: Tensor) -> Tensor:
     return (x.cpu().double() - reference.cpu().double()).flatten(1).square().mean(1).sqrt()
 
 
-def straightness(
+def deviations(
     times: Sequence[float], velocities: Sequence[Tensor], start: Tensor, end: Tensor
-) -> tuple[Tensor, Tensor]:
-    """int ||(Z1 - Z0) - v||^2 dt along each path, summed over dimensions, and ||Z1 - Z0||^2.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int ||(Z1 - Z0) - v||^2 dt and int ||(Z1 - Z0) - v|| dt along each path, and ||Z1 - Z0||^2.
 
     `velocities[k]` [B, *shape] is held from times[k] to times[k + 1], as Euler does; `start`
-    [B, *shape] is at t = 1, `end` at t = 0. Both results are [B], float64. The mean of the first is
-    the straightness S of rectified flow (arXiv 2209.03003), 0 for straight paths. rf++'s code
-    divides it by the dimension, SlimFlow's takes the norm without its square. S / E||Z1 - Z0||^2
-    has no unit.
+    [B, *shape] is at t = 1, `end` at t = 0. Norms are over all dimensions; the results are [B],
+    float64.
     """
     displacement = start.double() - end.double()
-    total = displacement.new_zeros(len(start))
+    squared, plain = displacement.new_zeros(2, len(start))
     for (t, s), velocity in zip(pairwise(times), velocities, strict=True):
-        total += (t - s) * _squared_norm(displacement - velocity.double())
-    return total, _squared_norm(displacement)
+        square = _squared_norm(displacement - velocity.double())
+        squared += (t - s) * square
+        plain += (t - s) * square.sqrt()
+    return squared, plain, _squared_norm(displacement)
+
+
+def straightness(
+    squared: Tensor, plain: Tensor, displacement: Tensor, dimensions: int, seed: int = 0
+) -> dict[str, Estimate]:
+    """What is called straightness, each by its name, from the `deviations` [n] of paths; 0 if straight.
+
+    straightness: S = int E||(Z1 - Z0) - v||^2 dt, of rectified flow (arXiv 2209.03003).
+    straightness_per_dim: S divided by the number of dimensions, of rf++'s code (arXiv 2405.20320).
+    straightness_norm: int E||(Z1 - Z0) - v|| dt, the norm not squared, of SlimFlow's code (arXiv
+    2407.12718).
+    curvature: S / E||Z1 - Z0||^2, which has no unit; left out where no path leads anywhere.
+    """
+    found = {
+        "straightness": mean_interval(squared, seed),
+        "straightness_per_dim": mean_interval(squared / dimensions, seed),
+        "straightness_norm": mean_interval(plain, seed),
+    }
+    if displacement.any():
+        found["curvature"] = ratio_interval(squared, displacement, seed)
+    return found
 
 
 def _squared_norm(x: Tensor) -> Tensor:

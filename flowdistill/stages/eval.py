@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from flowdistill.errors import ArtifactError, UsageError, unknown
 from flowdistill.recipe import Reference, Settings
 from flowdistill.schedule import Schedule, uniform
-from flowdistill.solvers import SOLVERS, Solver, SolverName, steps_for
+from flowdistill.solvers import SOLVERS, OdeSolver, Solver, SolverName, steps_for
 from flowdistill.stages import Stage
 from flowdistill.work import Done, Work
 
@@ -34,7 +34,7 @@ Evaluations = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 class Accurate(Settings):
     """The solution that endpoints are compared with: the teacher's, or else the first model's."""
 
-    solver: SolverName = "heun"
+    solver: OdeSolver = "heun"
     steps: int = Field(32, ge=1, description="uniform steps; heun makes 2 steps - 1 evaluations")
     samples: int = Field(512, ge=2, description="noises that it is solved for, the first of all")
 
