@@ -82,6 +82,8 @@ class Recipe(Generic[S]):
     """Stage's name -> field -> what it leads to."""
     places: Mapping[str, Place] = field(repr=False)
     """Dotted key, from the stage's name on -> where it is written."""
+    missing: tuple[Problem, ...] = ()
+    """Files that it names and that are not there, where it was read without them."""
 
     def settings_json(self, name: str) -> dict[str, Any]:
         """All settings of stage `name` as JSON values, with defaults and resolved references.
@@ -130,11 +132,13 @@ def load(
     verbs: Mapping[str, type[S]],
     overrides: Sequence[str] = (),
     out: Path | None = None,
+    missing_ok: bool = False,
 ) -> Recipe[S]:
     """Read and check the recipe at `path`; raises `RecipeError` with all that is wrong with it.
 
     `verbs` has the settings of each verb, `overrides` are like `reflow.steps=500`. A folder `out`
-    that the caller chose may be anywhere; the recipe's own has to be inside the current folder.
+    that the caller chose may be anywhere; the recipe's own has to be inside the current folder. With
+    `missing_ok` the files that it names need not be there.
     """
     try:
         with open(path, "rb") as file:
@@ -146,7 +150,7 @@ def load(
     except OSError as error:
         message = f"cannot be read: {error.strerror}"
     else:
-        return parse(data, path, verbs, overrides, out)
+        return parse(data, path, verbs, overrides, out, missing_ok)
     raise RecipeError([Place(str(path)).problem(message)])
 
 
@@ -156,6 +160,7 @@ def parse(
     verbs: Mapping[str, type[S]],
     overrides: Sequence[str] = (),
     out: Path | None = None,
+    missing_ok: bool = False,
 ) -> Recipe[S]:
     """`load` for a recipe's bytes; `path` names it in messages, and its relative paths start there."""
     root, problems = read_file(data, str(path))
@@ -166,7 +171,7 @@ def parse(
     draft = _Draft(path, root, root.value, verbs, problems)
     for override in overrides:
         draft.override(override)
-    return draft.finish(data, out)
+    return draft.finish(data, out, missing_ok)
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,7 @@ class _Draft(Generic[S]):
         else:
             self._note(place, "", unknown("stage or key", first, [*stages, *_TOP_LEVEL]))
 
-    def finish(self, data: bytes, out: Path | None) -> Recipe[S]:
+    def finish(self, data: bytes, out: Path | None, missing_ok: bool) -> Recipe[S]:
         """The checked recipe, or a `RecipeError` with all problems in the order of the text."""
         head = self._checked(_Head, self._root, "")
         self._settle_names()
@@ -243,8 +248,10 @@ class _Draft(Generic[S]):
         }
         stages = [self._checked(stage.model, stage.node, stage.key) for stage in self._stages]
         folder, teacher = out or self._out(), self._teacher(resolver)
+        if self._problems or not missing_ok:
+            self._problems += resolver.missing
         if self._problems or head is None:
-            self._problems.sort(key=lambda p: (p.line is None, p.line or 0, p.column or 0))
+            self._problems.sort(key=_in_the_text)
             raise RecipeError(self._problems)
         trees = [("", self._root), *((stage.key, stage.node) for stage in self._stages)]
         return Recipe(
@@ -257,6 +264,7 @@ class _Draft(Generic[S]):
             stages=tuple(stage for stage in stages if stage is not None),
             references=references,
             places={key: node.heading for name, tree in trees for key, node in walk(tree, name)},
+            missing=tuple(sorted(resolver.missing, key=_in_the_text)),
         )
 
     def _note(self, place: Place, key: str, message: str) -> None:
@@ -326,7 +334,7 @@ class _Draft(Generic[S]):
         for verb, model in self._verbs.items():
             makers.setdefault(model.produces, []).append(verb)
         products = [Product(stage.name, stage.model.produces, stage.place) for stage in self._stages]
-        return Resolver(products, makers, self._path.parent, self._problems)
+        return Resolver(products, makers, self._path.parent, self._problems, [])
 
     def _teacher(self, resolver: Resolver) -> str | dict[str, Any]:
         node = self._keys.get(TEACHER)
@@ -355,6 +363,11 @@ class _Draft(Generic[S]):
         elif any(os.path.isfile(part) for part in (there, *there.parents)):
             self._note(node.place, "out", f"expected a folder, {quoted(out)} is or is in a file")
         return Path(out)
+
+
+def _in_the_text(problem: Problem) -> tuple[bool, int, int]:
+    """Where it comes; what stands on the command line is last."""
+    return problem.line is None, problem.line or 0, problem.column or 0
 
 
 def _text(node: Node | None) -> str:

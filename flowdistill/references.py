@@ -68,6 +68,8 @@ class Resolver:
     folder: Path
     """Where relative paths start."""
     problems: list[Problem]
+    missing: list[Problem]
+    """Files that are not there."""
 
     def inputs(self, model: type[BaseModel], keys: dict[str, Node], stage: int) -> dict[str, Resolved]:
         """Field -> what it leads to, for a stage with settings `keys`; what they lack is added."""
@@ -95,11 +97,11 @@ class Resolver:
         return resolved
 
     def path(self, text: str, place: Place, key: str, hint: str = "") -> str:
-        """The path of a file or folder that must exist."""
+        """The path of a file or folder, noted where it is not there."""
         path = self.folder / text
         if not os.path.exists(path):
             message = f"{quoted(text)} does not exist (paths start from the recipe's folder){hint}"
-            self.problems.append(place.problem(message, key))
+            self.missing.append(place.problem(message, key))
         return str(path)
 
     def _left_out(self, key: str, info: FieldInfo, reference: Reference, stage: int) -> Node | None:

@@ -134,8 +134,8 @@ def validate(
 ) -> None:
     """Check a recipe without running it.
 
-    Reads the recipe and reports all mistakes in it at once, each with line, column and the nearest right key;
-    writes nothing.
+    Reads the recipe and reports all mistakes in it at once, each with line, column and the nearest right key.
+    Files that it names need not be there yet, and are listed as missing. Writes nothing.
 
     \b
     Examples:
@@ -144,11 +144,14 @@ def validate(
     """
     from flowdistill import console, inspection
 
-    facts = inspection.recipe_facts(options.open_recipe(recipe, overrides).recipe)
+    found = options.read_recipe(recipe, overrides)
+    facts, missing = inspection.recipe_facts(found), [str(each) for each in found.missing]
     if as_json:
-        options.print_json({"recipe": recipe, **facts})
+        options.print_json({"recipe": recipe, **facts, "missing": missing})
     else:
         console.facts(f"{recipe}: no mistakes", facts)
+        if missing:
+            console.lines("not there, and needed before it runs:", *missing)
 
 
 def schema(verbose: Verbose = False) -> None:
