@@ -24,7 +24,7 @@ from functools import singledispatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("flow", "solvers", "schedule", "objectives")
+MODULES = ("flow", "solvers", "schedule", "timesteps", "objectives")
 GOAL = 0.90
 
 TYPES_ONLY = "only type checkers read it"
@@ -40,15 +40,17 @@ EQUIVALENT = {
     "schedule Schedule.halved: (t, s)  ->  (s, t)": SYMMETRIC_SUM,
     "schedule bellman: axis=1  ->  axis=-1": LAST_AXIS,
     "schedule local_cost: axis=1  ->  axis=-1": LAST_AXIS,
-    "objectives SquaredL2.__call__: (v_hat - v).square().flatten(1).mean(1)"
-    "  ->  (v_hat - v).square().flatten(1).mean(-1)": LAST_AXIS,
+    "objectives SquaredL2.__call__: self.difference(v_hat, v, t).square().flatten(1).mean(1)"
+    "  ->  self.difference(v_hat, v, t).square().flatten(1).mean(-1)": LAST_AXIS,
     "objectives L2.__call__: dim=1  ->  dim=-1": LAST_AXIS,
     "objectives L2.__call__: difference.shape[1]  ->  difference.shape[-1]": LAST_AXIS,
-    "objectives Mixture.from_uniform: [1.0]  ->  [2.0]": ONLY_RATIOS,
-    "objectives Mixture.from_uniform: [1.0]  ->  [-1.0]": ONLY_RATIOS,
-    "objectives PseudoHuber.__call__: pseudo_huber(v_hat, v, self.c)"
-    "  ->  pseudo_huber(v, v_hat, self.c)": SYMMETRIC,
-    "objectives LpipsHuber.__call__: pseudo_huber(v_hat, v)  ->  pseudo_huber(v, v_hat)": SYMMETRIC,
+    "timesteps Mixture.from_uniform: [1.0]  ->  [2.0]": ONLY_RATIOS,
+    "timesteps Mixture.from_uniform: [1.0]  ->  [-1.0]": ONLY_RATIOS,
+    "objectives PseudoHuber.__call__: self.difference(v_hat, v, t)"
+    "  ->  self.difference(v, v_hat, t)": SYMMETRIC,
+    "objectives L2.__call__: self.difference(v_hat, v, t)  ->  self.difference(v, v_hat, t)": SYMMETRIC,
+    "objectives SquaredL2.__call__: self.difference(v_hat, v, t)"
+    "  ->  self.difference(v, v_hat, t)": SYMMETRIC,
     "objectives pseudo_huber: squares.shape[1]  ->  squares.shape[-1]": LAST_AXIS,
     "objectives pseudo_huber: squares.sum(1)  ->  squares.sum(-1)": LAST_AXIS,
     "objectives wcfm_weight: squares.shape[1]  ->  squares.shape[-1]": LAST_AXIS,

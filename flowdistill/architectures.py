@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from flowdistill.recipe import Settings
 
@@ -48,3 +49,98 @@ def arguments(architecture: UNet | MLP | Classifier, shape: tuple[int, ...], cla
         "classes": classes,
         **architecture.model_dump(mode="json", exclude={"name"}),
     }
+
+
+class Published(Settings):
+    """SlimFlow's own networks (arXiv 2407.12718), fed as its code feeds them."""
+
+    name: Literal["slimflow"] = "slimflow"
+    size: Literal["28m", "15m", "7m", "3m", "imagenet64-81m", "imagenet64-45m"] = Field(
+        description="million parameters; the first four are DDPM++, the others ADM"
+    )
+
+
+class Scaled(Settings):
+    """The network of the model that the student is made after, narrower or shallower."""
+
+    name: Literal["scaled"] = "scaled"
+    width: float = Field(1.0, gt=0, le=1, description="share of its channels, rounded to what fits")
+    blocks: int | None = Field(None, gt=0, description="blocks of a level, or layers; left out, as many")
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_AMOUNT = r"([0-9]+(?:\.[0-9]+)?)([kMG]?)"
+_LATENCY = r"([0-9]+(?:\.[0-9]+)?) @ batch ([1-9][0-9]*)"
+
+
+def _amount(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(_AMOUNT, value)
+    if found is None:
+        raise ValueError(f"expected a number, as in 15M, found {value!r}")
+    return round(float(found[1]) * _UNITS[found[2]])
+
+
+Amount = Annotated[
+    int,
+    Field(gt=0),
+    BeforeValidator(_amount),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^{_AMOUNT}$"}]}),
+]
+
+
+class Budget(Settings):
+    """The largest network of the family of the model that the student is made after, within limits."""
+
+    params: Amount | None = Field(None, description="most parameters, as in 15M")
+    macs: Amount | None = Field(None, description="most multiply-adds of an evaluation, as in 4G")
+    latency_ms: float | None = Field(
+        None, gt=0, description="longest evaluation on the device of the run; `5 @ batch 1` says both"
+    )
+    batch: int = Field(1, gt=0, description="samples that are evaluated together for `latency_ms`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelt_out(cls, given: Any) -> Any:
+        text = given.get("latency_ms") if isinstance(given, dict) else None
+        found = re.fullmatch(_LATENCY, text) if isinstance(text, str) else None
+        return {**given, "latency_ms": float(found[1]), "batch": int(found[2])} if found else given
+
+    @model_validator(mode="after")
+    def _limited(self) -> Budget:
+        if self.params is None and self.macs is None and self.latency_ms is None:
+            raise ValueError("expected a limit: params, macs or latency_ms")
+        return self
+
+    def allows(self, parameters: int, macs: int) -> bool:
+        """Whether a network of such a size keeps to it, as far as can be told without a clock."""
+        return parameters <= (self.params or parameters) and macs <= (self.macs or macs)
+
+    def __str__(self) -> str:
+        """As a person would say it."""
+        limits = [
+            f"{limit:,} {what}"
+            for limit, what in ((self.params, "parameters"), (self.macs, "multiply-adds"))
+            if limit
+        ]
+        if self.latency_ms:
+            limits.append(f"{self.latency_ms:g} ms for {self.batch} at once")
+        return ", ".join(limits)
+
+
+def _kind(given: Any) -> str:
+    """A budget is what has limits and no name."""
+    if isinstance(given, dict):
+        return str(given.get("name", "budget"))
+    return str(getattr(given, "name", "budget"))
+
+
+Student = Annotated[
+    Annotated[Budget, Tag("budget")]
+    | Annotated[UNet, Tag("unet")]
+    | Annotated[MLP, Tag("mlp")]
+    | Annotated[Published, Tag("slimflow")]
+    | Annotated[Scaled, Tag("scaled")],
+    Discriminator(_kind),
+]

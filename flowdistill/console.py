@@ -271,11 +271,25 @@ def plan(found: Plan) -> None:
             measured = [f"{cost.units} {cost.unit}s", rate, clock(cost.seconds), gigabytes(cost.size_bytes)]
         rows.append([each.stage, each.verb, *measured, each.remark])
     table(("stage", "verb", "makes", "rate", "time", "disk", ""), rows)
+    for each in found.stages:
+        if each.cost and each.cost.candidates:
+            typer.echo(f"\n{each.stage} chooses among")
+            table(
+                list(each.cost.candidates[0]),
+                [[_cell(value) for value in row.values()] for row in each.cost.candidates],
+            )
     room = "" if found.size_bytes <= found.free_bytes else ": NOT ENOUGH ROOM"
     typer.echo(
         f"\non {found.device}, one process; {gigabytes(found.peak_memory_bytes)} of memory so far; "
         f"{gigabytes(found.size_bytes)} to write, {gigabytes(found.free_bytes)} free{room}"
     )
+
+
+def _cell(value: Any) -> str:
+    """A figure of a table; yes or nothing."""
+    if isinstance(value, bool):
+        return "<" if value else ""
+    return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 def gigabytes(size_bytes: int) -> str:

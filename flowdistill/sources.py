@@ -6,10 +6,10 @@ so a position in the data is restored by knowing the step, in any number of proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flowdistill.data import Dataset
     from flowdistill.pairstore import PairStore
     from flowdistill.stages import Feed
+    from flowdistill.teachers import Card
 
 _CYCLE = 1000
 """Shares of a mixture are kept to this part exactly."""
@@ -161,6 +162,32 @@ def _selected(store: PairStore, feed: Feed) -> Tensor | range:
     kept = max(1, len(distance) - int(feed.drop_farthest * len(distance) + 1e-9))
     # Stable, so that of equal distances the first stay.
     return first + distance.argsort(stable=True)[:kept].sort().values
+
+
+def check_for(card: Card, store: PairStore, stage: str) -> None:
+    """Raise `UsageError` where pairs are not of the samples that a student of this card makes."""
+    spec = store.spec
+    differences = [
+        f"{what} {found}, not {expected}"
+        for what, found, expected in (
+            ("shape", list(spec.shape), list(card.shape)),
+            ("classes", spec.classes, card.classes),
+            ("latent", *_latents(spec.origin, card)),
+        )
+        if found != expected
+    ]
+    if differences:
+        raise UsageError(
+            f"{stage}.pairs: those in {store.folder} are not for this student: {'; '.join(differences)}"
+        )
+
+
+def _latents(origin: Mapping[str, Any], card: Card) -> tuple[Any, Any]:
+    """How pairs and a card scale an autoencoder's latents; a store that says nothing is taken to agree."""
+    if "latent" not in origin:
+        return None, None
+    kept = card.latent.model_dump(mode="json", include={"scale", "shift"}) if card.latent else None
+    return origin["latent"], kept
 
 
 def _check_alike(stores: Sequence[PairStore]) -> None:

@@ -46,6 +46,8 @@ class Cost:
     per_second: float
     seconds: float
     size_bytes: int
+    candidates: Sequence[Mapping[str, Any]] = ()
+    """Networks that the stage may choose, each with what it costs, the one that it will choose marked."""
 
 
 class Stop:

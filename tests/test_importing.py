@@ -277,7 +277,7 @@ def test_plain_safetensors_with_a_card(tmp_path: Path) -> None:
 
 
 def test_a_published_network_is_recognised_by_its_weights(tmp_path: Path) -> None:
-    network = networks.build(*families.presets()["slimflow-3m"])
+    network = networks.build(*networks.presets()["slimflow-3m"])
     average = [value.detach() for value in network.parameters()]
     content = {
         "model": {f"module.{name}": value for name, value in network.state_dict().items()},
@@ -533,7 +533,7 @@ def test_a_flowturbo_refiner_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_every_preset_has_a_card_that_builds(tmp_path: Path) -> None:
-    for name in families.presets():
+    for name in networks.presets():
         content = families.card_of(name)
         content.pop("family")
         card = teachers.Card.parse(content, Path(name))
@@ -563,7 +563,7 @@ def test_every_preset_has_a_card_that_builds(tmp_path: Path) -> None:
 )
 def test_published_networks_have_the_published_size(preset: str, count: int) -> None:
     with torch.device("meta"):
-        network = networks.build(*families.presets()[preset])
+        network = networks.build(*networks.presets()[preset])
     assert sum(each.numel() for each in network.parameters()) == count
 
 

@@ -1,4 +1,4 @@
-"""The loop: exact resume, its random numbers, its averages, and what it refuses."""
+"""The loop: exact resume, its random numbers, what it leaves behind, what is not finite, what it refuses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from flowdistill.data import DIGITS
 from flowdistill.errors import Diverged, Interrupted, UsageError
 from flowdistill.flow import interpolate, velocity
 from flowdistill.sources import DataSource, Draws, shuffled
-from flowdistill.stages import Ema, Optimizer
+from flowdistill.stages import Ema, Optimizer, Training
 from flowdistill.stages.train import Classification, FlowMatching, Train
-from flowdistill.training import CHECKPOINT, LOG, MODEL, Batch, State, averages
+from flowdistill.timesteps import BINS
+from flowdistill.training import CHECKPOINT, LOG, MODEL, Batch, State, averages, loop
 from flowdistill.training.batches import nothing_measured
+from flowdistill.training.state import Window
 from flowdistill.work import Progress, Stop, Work
 
 CPU = torch.device("cpu")
@@ -182,6 +184,352 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     cosine = Optimizer(lr=1.0, decay="cosine")
     assert cosine.lr_at(50, 100) == pytest.approx(0.01 + 0.99 * 0.5)
     assert 0.01 <= cosine.lr_at(99, 100) < 0.02
+
+
+# --- averages, snapshots and pictures -------------------------------------------------------------
+
+PLAIN = {"name": "unet", "channels": 8, "multipliers": [1], "attention": [], "dropout": 0.0}
+LEFT = {
+    "ema": {"decay": 0.8, "also": [0.5, 0.9]},
+    "post_hoc": {"every": 5, "stds": [0.05, 0.1]},
+    "previews": {"every": 5, "count": 3, "nfe": [1, 2]},
+    "objective": {"name": "flow-matching", "timesteps": {"name": "fitted"}},
+}
+
+
+def dies(after: int) -> Callable[[Progress], None]:
+    """A report that kills the run at its call number `after`."""
+    calls = iter(range(1, after))
+
+    def report(_: Progress) -> None:
+        if next(calls, None) is None:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("kill_at", [3, 5, 6, 10, 12])
+def test_all_that_a_killed_run_leaves_has_the_same_bytes(tmp_path: Path, kill_at: int) -> None:
+    stage = train(**LEFT)
+    whole = run(tmp_path / "whole", stage)
+    steps = ("00000005", "00000010", "00000012")
+    assert sorted(whole) == sorted(
+        [
+            LOG,
+            MODEL,
+            "model-ema-0.5.safetensors",
+            "model-ema-0.9.safetensors",
+            *(f"previews/{step}.png" for step in steps),
+            *(f"snapshots/{step}-{std}.safetensors" for step in steps for std in ("0.05", "0.1")),
+        ]
+    )
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", stage, dies(kill_at))
+    assert run(tmp_path / "killed", stage) == whole
+    assert (tmp_path / "killed" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+
+
+def test_a_run_that_is_killed_when_all_is_learnt_has_the_figures_of_its_last_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = train()
+    whole = stage.run(work(tmp_path / "whole", stage)).figures
+
+    def kill(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop._Trainer, "_finish", kill)
+        run(tmp_path / "killed", stage)
+    figures = stage.run(work(tmp_path / "killed", stage)).figures
+    assert whole.keys() == figures.keys() > {"loss", "grad_norm"}
+    assert (figures["loss"], figures["grad_norm"]) == (whole["loss"], whole["grad_norm"])
+
+
+def test_every_average_is_shipped_in_a_file_of_its_own(tmp_path: Path) -> None:
+    run(tmp_path, train(**LEFT, weights="float16"))
+    state, _ = artifact.load_tensors(tmp_path / CHECKPOINT)
+    files = (MODEL, "model-ema-0.5.safetensors", "model-ema-0.9.safetensors")
+    files += tuple(f"snapshots/00000012-{std}.safetensors" for std in ("0.05", "0.1"))
+    for number, file in enumerate(files):
+        for name, value in load_file(tmp_path / file).items():
+            assert torch.equal(value, state[f"average{number or ''}.{name}"].half())
+    headers = [artifact.read_header(tmp_path / file) for file in files[:3]]
+    assert headers[0] == headers[1] == headers[2]
+
+
+def test_pictures_do_not_touch_the_training_and_are_drawn_alike(tmp_path: Path) -> None:
+    previews = {"every": 4, "count": 5}
+    drawn = [run(tmp_path / name, train(previews=previews)) for name in ("one", "two")]
+    assert drawn[0] == drawn[1]
+    pictures = [drawn[0].pop(f"previews/{step:08d}.png") for step in (4, 8, 12)]
+    assert all(each.startswith(b"\x89PNG") for each in pictures) and len(set(pictures)) == 3
+    plain = run(tmp_path / "plain", train())
+    assert plain[LOG] == drawn[0][LOG]
+    for name, value in load_file(tmp_path / "plain" / MODEL).items():
+        assert torch.equal(load_file(tmp_path / "one" / MODEL)[name], value)
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def test_the_loss_by_t_is_the_loss_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mean, weighted by how often each stretch was seen, is the loss of the window."""
+    seen: list[Tensor] = []
+    original = FlowMatching.per_sample
+
+    def spy(self: FlowMatching, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = original(self, network, batch)
+        seen.append(terms["t"])
+        return loss, terms
+
+    monkeypatch.setattr(FlowMatching, "per_sample", spy)
+    run(tmp_path, train(accumulate=2))
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert len(seen) == 24 and "t" not in lines[0]
+    for line, first, end in zip(lines, (0, 10, 20), (10, 20, 24), strict=True):
+        numbers = torch.histc(torch.cat(seen[first:end]), BINS, 0, 1)
+        assert [loss is None for loss in line["loss_by_t"]] == (numbers == 0).tolist()
+        sums = torch.tensor([loss or 0.0 for loss in line["loss_by_t"]]) * numbers
+        assert float(sums.sum() / numbers.sum()) == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_a_window_takes_means_and_begins_anew() -> None:
+    window = Window()
+    by_time = nothing_measured()
+    by_time[:, 3], by_time[:, 7] = torch.tensor([6.0, 2.0]), torch.tensor([1.0, 4.0])
+    window.add({"loss": 1.0, "grad_norm": 3.0}, by_time)
+    window.add({"loss": 2.0, "grad_norm": 5.0}, by_time)
+    means, stretches = Window(**window.as_dict()).take()
+    assert means == {"loss": 1.5, "grad_norm": 4.0}
+    assert {place: loss for place, loss in enumerate(stretches) if loss is not None} == {3: 3.0, 7: 0.25}
+    window.take()
+    assert window.take() == ({}, [])
+
+
+def test_a_classifier_has_no_loss_by_t(tmp_path: Path) -> None:
+    network = {"name": "classifier", "channels": [4]}
+    run(tmp_path, train(network=network, objective={"name": "classification"}))
+    assert all("loss_by_t" not in json.loads(line) for line in (tmp_path / LOG).read_text().splitlines())
+
+
+# --- what is not finite ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], list[int]]:
+    """Makes the loss of chosen draws NaN; the list is of all draws that were made."""
+
+    def planted(bad: Callable[[int], bool]) -> list[int]:
+        draws: list[int] = []
+
+        def per_sample(self: Train, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            draws.append(batch.draw.step)
+            loss, terms = self.objective.per_sample(network, batch)
+            return loss * (float("nan") if bad(batch.draw.step) else 1.0), terms
+
+        monkeypatch.setattr(Train, "per_sample", per_sample)
+        return draws
+
+    return planted
+
+
+def steps_logged(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / LOG).read_text().splitlines()]
+
+
+def test_a_skipped_step_counts_and_changes_nothing(tmp_path: Path, plant: Any) -> None:
+    plant({3, 6}.__contains__)
+    stage = train(non_finite={"policy": "skip"}, checkpoint_every=1)
+    states: dict[int, dict[str, Tensor]] = {}
+
+    def keep(progress: Progress) -> None:
+        if progress.done > 1:  # the state is saved after the report
+            states[progress.done - 1], header = artifact.load_tensors(tmp_path / CHECKPOINT)
+            assert (header["step"], header["skipped"]) == (progress.done - 1, 0)
+
+    done = stage.run(work(tmp_path, stage, keep))
+    assert done.figures["not_finite"] == 2
+    for before in range(1, 11):
+        same = all(torch.equal(value, states[before + 1][name]) for name, value in states[before].items())
+        assert same == (before in (3, 6))
+    assert steps_logged(tmp_path) == [5, 10, 12]
+    assert all("NaN" not in line for line in (tmp_path / LOG).read_text().splitlines())
+
+
+@pytest.mark.parametrize("policy", ["abort", "skip", "roll-back"])
+def test_enough_is_enough(tmp_path: Path, plant: Any, policy: str) -> None:
+    draws = plant(lambda draw: draw >= 6)
+    stage = train(non_finite={"policy": policy, "limit": 3})
+    times = "" if policy == "abort" else r" \(4 times by now\)"
+    step = 9 if policy == "skip" else 6 if policy == "abort" else 4
+    with pytest.raises(Diverged, match=rf"diverged at step {step}{times}: loss nan, gradient norm nan"):
+        run(tmp_path, stage)
+    assert draws == list(range(7 if policy == "abort" else 10))
+    tensors, header = artifact.load_tensors(tmp_path / CHECKPOINT)
+    assert header["step"] == (8 if policy == "skip" else 4) and not (tmp_path / MODEL).exists()
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_a_training_rolls_back_and_goes_on_with_other_samples(tmp_path: Path, plant: Any) -> None:
+    draws = plant({6}.__contains__)
+    stage = train(non_finite={"policy": "roll-back"}, log_every=1)
+    done = stage.run(work(tmp_path / "rolled", stage))
+    assert draws == [0, 1, 2, 3, 4, 5, 6, *range(7, 15)]
+    assert steps_logged(tmp_path / "rolled") == list(range(1, 13))
+    assert done.figures["not_finite"] == 1
+    # The same by hand: the state of step 4, told that three batches are to be left out.
+    with pytest.raises(Killed):
+        run(tmp_path / "by hand", stage, dies(5))
+    path = tmp_path / "by hand" / CHECKPOINT
+    tensors, header = artifact.load_tensors(path)
+    artifact.save_tensors(path, tensors, {**header, "skipped": 3, "setbacks": 1})
+    expected = run(tmp_path / "by hand", stage)
+    assert {name: (tmp_path / "rolled" / name).read_bytes() for name in expected} == expected
+
+
+@pytest.mark.parametrize("bad", [(0,), (2, 3), (6, 7), (6, 9, 14), (11,)], ids=str)
+def test_a_run_that_is_killed_while_it_rolls_back_ends_in_the_same_bytes(
+    tmp_path: Path, plant: Any, monkeypatch: pytest.MonkeyPatch, bad: tuple[int, ...]
+) -> None:
+    plant(bad.__contains__)
+    stage = train(non_finite={"policy": "roll-back"}, log_every=1, checkpoint_every=4)
+    whole = run(tmp_path / "whole", stage)
+    assert steps_logged(tmp_path / "whole") == list(range(1, 13))
+    saves, original = iter(range(100)), State.save
+
+    def save(self: State, *arguments: Any, **named: Any) -> None:
+        if next(saves) % 2:  # killed before every second save, and directly after it
+            raise Killed
+        original(self, *arguments, **named)
+        raise Killed
+
+    monkeypatch.setattr(State, "save", save)
+    for _ in range(40):
+        try:
+            found = run(tmp_path / "killed", stage)
+            break
+        except Killed:
+            continue
+    assert found == whole
+    assert (tmp_path / "killed" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["abort", "skip", "roll-back"])
+@pytest.mark.parametrize("every", [1, 5])
+def test_weights_that_an_update_makes_infinite_are_never_written(
+    tmp_path: Path, policy: str, every: int
+) -> None:
+    changes = {
+        "optimizer": {"lr": 1e39},
+        "non_finite": {"policy": policy, "limit": 3},
+        "post_hoc": {"every": 1},
+        "previews": {"every": 1},
+        "checkpoint_every": every,
+    }
+    with pytest.raises(Diverged, match="not finite, nothing was written"):
+        run(tmp_path, train(**changes))
+    assert not (tmp_path / MODEL).exists()
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(value.isfinite().all() for value in artifact.load_tensors(path)[0].values())
+
+
+# --- precision, order, compilation ----------------------------------------------------------------
+
+
+def test_half_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="train.precision: fp16 is for GPUs"):
+        run(tmp_path, train(precision="fp16"))
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 with its loss scaler on a CPU, which accelerate has on GPUs only."""
+    original = loop._accelerator
+
+    def accelerator(stage: Training, work: Work) -> Any:
+        made = original(stage.model_copy(update={"precision": "fp32"}), work)
+        made.state._mixed_precision = "fp16"
+        made.native_amp = True
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=4)
+        return made
+
+    monkeypatch.setattr(loop, "_accelerator", accelerator)
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_step_whose_scaled_gradient_overflows_counts_and_changes_nothing(tmp_path: Path) -> None:
+    stage = train(precision="fp16", log_every=1, checkpoint_every=1, steps=30)
+    scales: list[float] = []
+
+    def keep(progress: Progress) -> None:
+        if progress.done > 1:
+            scales.append(artifact.read_header(tmp_path / CHECKPOINT)["scaler"]["scale"])
+
+    stage.run(work(tmp_path, stage, keep))
+    assert scales[0] == 2.0**29 and min(scales) < 2.0**20 and scales != sorted(scales, reverse=True)
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert "loss" not in lines[0] and "loss" in lines[-1]
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("kill_at", [3, 5, 9, 20])
+def test_the_scaler_is_part_of_the_state(tmp_path: Path, kill_at: int) -> None:
+    stage = train(precision="fp16", steps=24)
+    whole = run(tmp_path / "whole", stage)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", stage, dies(kill_at))
+    assert run(tmp_path / "killed", stage) == whole
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("policy", ["skip", "roll-back"])
+def test_a_scaled_loss_that_is_not_finite_is_dealt_with_as_any_other(
+    tmp_path: Path, plant: Any, policy: str
+) -> None:
+    plant({15, 16}.__contains__)
+    stage = train(precision="fp16", steps=24, non_finite={"policy": policy})
+    done = stage.run(work(tmp_path, stage))
+    assert done.figures["not_finite"] == 2
+
+
+def test_channels_last_is_the_same_training_and_resumes_exactly(tmp_path: Path) -> None:
+    plain, last = train(network=PLAIN), train(network=PLAIN, channels_last=True)
+    run(tmp_path / "plain", plain)
+    whole = run(tmp_path / "last", last)
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / LOG).read_text().splitlines()]
+        for name in ("plain", "last")
+    ]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    for name, value in load_file(tmp_path / "plain" / MODEL).items():
+        torch.testing.assert_close(load_file(tmp_path / "last" / MODEL)[name], value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", last, dies(6))
+    assert run(tmp_path / "killed", last) == whole
+
+
+def test_a_compiled_network_trains_as_a_plain_one_under_its_own_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    original = nn.Module.compile
+
+    def eager(self: nn.Module) -> None:
+        compiled.append(type(self).__name__)
+        original(self, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    run(tmp_path / "plain", train(**LEFT))
+    assert not compiled
+    run(tmp_path / "compiled", train(**LEFT, compile=True))
+    assert compiled == ["UNet"]
+    for file in (MODEL, "model-ema-0.5.safetensors", "snapshots/00000010-0.1.safetensors", CHECKPOINT):
+        found, expected = (load_file(tmp_path / name / file) for name in ("compiled", "plain"))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 # --- data position and random numbers -------------------------------------------------------------

@@ -136,8 +136,8 @@ def export(
     """Write pairs as another toolkit keeps them, or a model of another average than the one that was shipped.
 
     Reads a finished store of pairs and writes the folder DEST, which must not be there: for rf++ samples.zip,
-    z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy. With --ema, reads
-    the averages that a training has kept (`post_hoc` in its recipe) and writes the model file DEST.
+    z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy. With --ema,
+    reads the averages that a training has kept (`post_hoc` in its recipe) and writes the model file DEST.
 
     \b
     Examples:

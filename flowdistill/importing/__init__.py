@@ -20,9 +20,7 @@ from flowdistill.yaml_nodes import read_file
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Imported", "Wanted", "convert", "presets"]
-
-presets = families.presets
+__all__ = ["Imported", "Wanted", "convert"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _over(card: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shapes_of_presets(names: Collection[str]) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
     """Names and shapes of the published networks of the architectures that have these names."""
-    for name, (architecture, arguments) in presets().items():
+    for name, (architecture, arguments) in networks.presets().items():
         if families.SIGNATURES[architecture] not in names:
             continue
         network = _empty(architecture, arguments)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 from flowdistill import networks
@@ -112,25 +110,15 @@ _SIZES: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-@cache
-def presets() -> Mapping[str, tuple[str, Mapping[str, Any]]]:
-    """Name -> architecture and arguments of the published networks."""
-    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for architecture in networks.architectures():
-        named = getattr(import_module(f"flowdistill.networks.{architecture}"), "PRESETS", {})
-        found |= {name: (architecture, arguments) for name, arguments in named.items()}
-    return found
-
-
 def card_of(preset: str) -> dict[str, Any]:
     """The card of a published network, or of a family what all its networks share; `family` names that."""
     family = FAMILIES.get(preset.partition("-")[0])
-    if family is None or preset not in {*presets(), *FAMILIES}:
-        raise UsageError(f"--preset: {unknown('preset', preset, (*FAMILIES, *sorted(presets())))}")
+    if family is None or preset not in {*networks.presets(), *FAMILIES}:
+        raise UsageError(f"--preset: {unknown('preset', preset, (*FAMILIES, *sorted(networks.presets())))}")
     card = {**family.card, "family": family.title}
     if preset in FAMILIES:
         return card
-    architecture, arguments = presets()[preset]
+    architecture, arguments = networks.presets()[preset]
     if not arguments.get("centered", True):
         card["latent"] = {"scale": [0.5], "shift": [-1.0]}  # its data are pixels in [0, 1]
     return described(architecture, arguments) | card
@@ -138,7 +126,8 @@ def card_of(preset: str) -> dict[str, Any]:
 
 def check_architecture(preset: str | None, card: Mapping[str, Any]) -> None:
     """Refuse a family whose networks are of other architectures than the card says."""
-    own = {architecture for name, (architecture, _) in presets().items() if name.partition("-")[0] == preset}
+    published = networks.presets().items()
+    own = {architecture for name, (architecture, _) in published if name.partition("-")[0] == preset}
     if own and card["architecture"] not in own:
         raise UsageError(
             f"--preset {preset} is for {' and '.join(sorted(own))}, the weights are of {card['architecture']}"

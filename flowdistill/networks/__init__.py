@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +24,16 @@ def architectures() -> tuple[str, ...]:
     """Names of the architectures: the modules of this folder, but for those that begin with an underscore."""
     names = (module.name for module in pkgutil.iter_modules(__path__))
     return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
+@cache
+def presets() -> Mapping[str, tuple[str, Mapping[str, Any]]]:
+    """Name -> architecture and arguments of the published networks."""
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for architecture in architectures():
+        named = getattr(import_module(f"{__name__}.{architecture}"), "PRESETS", {})
+        found |= {name: (architecture, arguments) for name, arguments in named.items()}
+    return found
 
 
 def argument(architecture: str, arguments: Mapping[str, Any], name: str) -> Any:

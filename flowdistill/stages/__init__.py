@@ -12,19 +12,21 @@ import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from flowdistill.errors import MissingInput, UsageError
+from flowdistill.objectives import Compared, Loss, of_some
 from flowdistill.optimization import Ema, NonFinite, Optimizer, PostHoc, Previews
-from flowdistill.recipe import Settings, StageSettings
+from flowdistill.recipe import Reference, Settings, StageSettings
 from flowdistill.work import Cost, Done, Figures, Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flowdistill.objectives import Labelled
+    from flowdistill.objectives import Distance, Labelled
     from flowdistill.sources import Source
     from flowdistill.teachers import Card, Model
     from flowdistill.training import Batch
@@ -138,21 +140,25 @@ class Training(Stage):
     @model_validator(mode="after")
     def _trainable(self) -> Training:
         if self.sharded and self.precision == "fp16":
-            raise ValueError(
-                "precision: fp16 needs a loss scaler, which sharded gradients have not; use bf16"
-            )
+            raise ValueError("precision: fp16 needs a loss scaler, which sharded gradients lack; use bf16")
+        if self.sharded and self.channels_last:
+            raise ValueError("channels_last: sharded weights have the usual order; leave one of them out")
         return self
 
-    def student(self, work: Work) -> Model:
+    def new_student(self, work: Work) -> Model:
         """The network to be trained, with its card."""
         raise NotImplementedError
 
-    def source(self, work: Work) -> Source:
-        """Where the batches come from."""
+    def source(self, work: Work, card: Card) -> Source:
+        """Where the batches come from, for a student of this card; UsageError where they are not for it."""
         raise NotImplementedError
 
     def perceptual(self, work: Work, card: Card) -> Labelled | None:
         """The perceptual distance for what the student makes, for a loss that needs one."""
+        return None
+
+    def equipment(self, work: Work) -> Any:
+        """What the loss needs besides, opened once: it comes back as `batch.equipment`."""
         return None
 
     def per_sample(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -181,7 +187,74 @@ class Training(Stage):
     def plan(self, work: Work) -> Cost:
         from flowdistill.training import rehearse
 
+        if self.sharded:
+            raise MissingInput("for several devices that share the weights, and only one is measured")
         return rehearse(self, work)
+
+
+class OnPairs(Training):
+    """A training on pairs, with losses that may have a perceptual term."""
+
+    planned_without: ClassVar[frozenset[str]] = frozenset({"pairs"})
+
+    pairs: Annotated[str | list[str] | None, Reference("pairs")] = Field(
+        None, description="stage whose pairs are learnt, or several"
+    )
+    feed: Feed = Feed()
+
+    @model_validator(mode="after")
+    def _fed(self) -> Self:
+        stores = self.pairs if isinstance(self.pairs, list) else [self.pairs]
+        if not stores or len(set(stores)) < len(stores):
+            raise ValueError("pairs: expected one or more, each once")
+        if self.feed.weights and len(self.feed.weights) != len(stores):
+            count = len(self.feed.weights)
+            raise ValueError(f"feed.weights: {count} numbers for {len(stores)} stores of pairs")
+        if len({loss.distance for loss in self._compared().values()}) > 1:
+            raise ValueError(f"{' and '.join(self.losses)}: expected the same perceptual distance in both")
+        return self
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:
+        """What is minimised, by its key in the recipe."""
+        raise NotImplementedError
+
+    def _compared(self) -> dict[str, Compared]:
+        return {key: loss for key, loss in self.losses.items() if isinstance(loss, Compared)}
+
+    def preflight(self, inputs: Mapping[str, Any]) -> None:
+        super().preflight(inputs)
+        for key, loss in self._compared().items():
+            if loss.distance is not None and not inputs.get(f"{key}.distance.weights"):
+                from flowdistill.evaluation import lpipsweights
+
+                lpipsweights.locate(loss.distance.net)
+
+    def source(self, work: Work, card: Card) -> Source:
+        from flowdistill.sources import PairSource, check_for
+
+        stores = work.pairs()
+        for store in stores:
+            check_for(card, store, work.stage)
+        return PairSource(stores, self.feed)
+
+    def perceptual(self, work: Work, card: Card) -> Labelled | None:
+        from flowdistill.evaluation import extractors, lpipsdistance
+
+        for key, loss in self._compared().items():
+            if loss.distance is None:
+                return extractors.perceptual(card)
+            weights = work.inputs.get(f"{key}.distance.weights")
+            return lpipsdistance.lpips_distance(loss.distance, card, Path(weights) if weights else None)
+        return None
+
+    def distance(self, loss: Loss, batch: Batch) -> Distance | None:
+        """The perceptual distance for a loss, of a share of the samples where it says so."""
+        if batch.perceptual is None or not isinstance(loss, Compared) or loss.share == 1:
+            return batch.perceptual
+        total = batch.draw.total
+        count = max(1, round(loss.share * total))
+        return of_some(batch.perceptual, batch.draw.chosen("perceptual", count), total / count)
 
 
 @cache

@@ -20,9 +20,9 @@ from pydantic import Field, model_validator
 from flowdistill.errors import Diverged, FlowdistillError, UsageError
 from flowdistill.grids import Grid, schedule
 from flowdistill.guidance import Guidance
-from flowdistill.pairmaking import Maker, read_labels
+from flowdistill.pairmaking import INVERT_FROM, Maker, read_labels
 from flowdistill.recipe import Reference
-from flowdistill.solvers import SOLVERS, SolverName
+from flowdistill.solvers import SOLVERS, OdeSolver
 from flowdistill.stages import Stage
 from flowdistill.work import Cost, Done, Figures, Work
 
@@ -64,7 +64,7 @@ class Pairs(Stage):
         )
     )
     invert_from: float = Field(
-        0.001,
+        INVERT_FROM,
         ge=0,
         lt=1,
         description="with `source: data`: t at which the way up begins, at (1 - t) x0 + t fresh noise; "
@@ -73,7 +73,7 @@ class Pairs(Stage):
     count: int | None = Field(
         None, gt=0, description="number of pairs; left out, 20000, or as many as the data have"
     )
-    solver: Literal[SolverName, "rk45"] = Field(
+    solver: Literal[OdeSolver, "rk45"] = Field(
         "heun", description="rf-solver is midpoint; rk45 chooses the steps of each sample itself"
     )
     steps: int = Field(18, gt=0, description="steps of the solver; heun makes 2 steps - 1 evaluations")
@@ -192,7 +192,8 @@ class Pairs(Stage):
         """What the store says of itself; two runs with equal specs make equal bytes."""
         from flowdistill.pairstore import PairSpec
 
-        guidance = model.card.guidance
+        guidance, latent = model.card.guidance, model.card.latent
+        scaling = {"latent": latent.model_dump(mode="json", include={"scale", "shift"})} if latent else {}
         own = {"steps", "schedule"} if self.solver != "rk45" else {"rtol", "atol"}
         settings = self.model_dump(
             mode="json", include={"source", "classes", "precision", "batch_size"} | own
@@ -216,6 +217,7 @@ class Pairs(Stage):
             origin={
                 "model": model.digest,
                 "guidance": guidance.model_dump(mode="json") if guidance else None,
+                **scaling,
                 **settings,
                 **inputs,
             },

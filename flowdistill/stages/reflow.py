@@ -10,45 +10,38 @@ optimum (hence LPIPS-Huber, Sec. 4.2). The student starts from the teacher's wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from flowdistill.architectures import Architecture, arguments
 from flowdistill.conventions import Convention
 from flowdistill.errors import UsageError
-from flowdistill.objectives import Compared, Loss, LpipsHuber, of_some
+from flowdistill.objectives import Loss, LpipsHuber
 from flowdistill.recipe import Reference
-from flowdistill.stages import Feed, Training
+from flowdistill.stages import OnPairs
 from flowdistill.timesteps import Timesteps, UShaped
 from flowdistill.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flowdistill.objectives import Distance, Labelled
-    from flowdistill.sources import Source
-    from flowdistill.teachers import Card, Model
+    from flowdistill.teachers import Model
     from flowdistill.training import Batch
 
 
-class Reflow(Training):
+class Reflow(OnPairs):
     """rf++: train a student on pairs."""
 
     verb: ClassVar[str] = "reflow"
-    planned_without: ClassVar[frozenset[str]] = frozenset({"pairs"})
 
-    pairs: Annotated[str | list[str] | None, Reference("pairs")] = Field(
-        None, description="stage whose pairs are learnt, or several"
-    )
-    feed: Feed = Feed()
     init: Annotated[str | None, Reference("model", allow_teacher=True)] = Field(
         "teacher", description="model that the student starts as, and whose data it imitates"
     )
-    network: Architecture | None = Field(
+    network: Literal["same"] | Architecture | None = Field(
         None,
-        description="train this network from scratch instead of starting from the weights of `init`",
+        description="train this network from scratch instead of starting from the weights of `init`; same is "
+        "the network of `init`, with its convention",
     )
     convention: Convention | None = Field(
         None,
@@ -65,53 +58,40 @@ class Reflow(Training):
     )
 
     @model_validator(mode="after")
-    def _fed(self) -> Reflow:
-        stores = self.pairs if isinstance(self.pairs, list) else [self.pairs]
-        if not stores or len(set(stores)) < len(stores):
-            raise ValueError("pairs: expected one or more, each once")
-        if self.feed.weights and len(self.feed.weights) != len(stores):
-            count = len(self.feed.weights)
-            raise ValueError(f"feed.weights: {count} numbers for {len(stores)} stores of pairs")
+    def _described(self) -> Reflow:
         if self.convention and not self.network:
             raise ValueError("convention: only a fresh network can be given one; describe it with `network`")
         return self
 
-    def preflight(self, inputs: Mapping[str, Any]) -> None:
-        super().preflight(inputs)
-        named = inputs.get("loss.distance.weights")
-        if isinstance(self.loss, Compared) and self.loss.distance is not None and not named:
-            from flowdistill.evaluation import lpipsweights
+    @property
+    def losses(self) -> Mapping[str, Loss]:
+        return {"loss": self.loss}
 
-            lpipsweights.locate(self.loss.distance.net)
-
-    def student(self, work: Work) -> Model:
+    def new_student(self, work: Work) -> Model:
         import torch
 
-        from flowdistill import randomness, teachers
+        from flowdistill import randomness, students, teachers
 
         start = work.model("init")
-        changes: dict[str, Any] = {
-            "parents": dict(work.parents),
-            "settings": dict(work.settings),
-            "guidance": None,  # it is in the pairs
-            "distilled": True,
-            "figures": {},
-            "notes": "",
-        }
+        changes: dict[str, Any] = {}
         if self.network is not None:
             torch.manual_seed(randomness.key(work.seed, "weights"))
+        if self.network is not None and self.network != "same":
             changes["architecture"] = self.network.name
             changes["arguments"] = arguments(self.network, start.card.shape, start.card.classes)
             changes["convention"] = self.convention
             changes["null_label"] = None
-            return self._labelled(work, teachers.new(start.card.model_copy(update=changes)))
+            return self._labelled(work, teachers.new(students.card(start.card, work, **changes)))
         if start.card.architecture == "analytic":
             raise UsageError(
                 f"{work.stage}.network: '{start.card.arguments['name']}' has no weights to start from; "
                 "describe the student, for example network: {name: mlp}"
             )
-        student = teachers.new(start.card.model_copy(update=changes))
-        student.network.load_state_dict(start.network.state_dict())
+        if self.convention is not None:
+            changes["convention"] = self.convention
+        student = teachers.new(students.card(start.card, work, **changes))
+        if self.network is None:
+            student.network.load_state_dict(start.network.state_dict())
         return self._labelled(work, student)
 
     def _labelled(self, work: Work, student: Model) -> Model:
@@ -128,24 +108,9 @@ class Reflow(Training):
             student.network(torch.zeros(1, *card.shape), torch.tensor([0.5]), null)
         except (IndexError, RuntimeError):
             raise UsageError(
-                f"{key}: {card.architecture} with {card.classes} classes knows no label for none; leave it out"
+                f"{key}: {card.architecture} with {card.classes} classes has no label for none; leave it out"
             ) from None
         return student
-
-    def source(self, work: Work) -> Source:
-        from flowdistill.sources import PairSource
-
-        return PairSource(work.pairs(), self.feed)
-
-    def perceptual(self, work: Work, card: Card) -> Labelled | None:
-        from flowdistill.evaluation import extractors, lpipsdistance
-
-        if not isinstance(self.loss, Compared):
-            return None
-        if self.loss.distance is None:
-            return extractors.perceptual(card)
-        weights = work.inputs.get("loss.distance.weights")
-        return lpipsdistance.lpips_distance(self.loss.distance, card, Path(weights) if weights else None)
 
     def per_sample(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The premetric between v_hat(x_t, t) and eps - x0 at a U-shaped t."""
@@ -155,13 +120,5 @@ class Reflow(Training):
         x_t = flow.interpolate(batch.x0, batch.eps, t)
         v_hat = network(x_t, t, batch.some_labels(self.label_dropout))
         v = flow.velocity(batch.x0, batch.eps)
-        loss, terms = self.loss(v_hat, v, x_t, t, self._distance(batch))
+        loss, terms = self.loss(v_hat, v, x_t, t, self.distance(self.loss, batch))
         return loss, {**terms, "t": t}
-
-    def _distance(self, batch: Batch) -> Distance | None:
-        """The perceptual distance, of a share of the samples where the loss says so."""
-        if batch.perceptual is None or not isinstance(self.loss, Compared) or self.loss.share == 1:
-            return batch.perceptual
-        total = batch.draw.total
-        count = max(1, round(self.loss.share * total))
-        return of_some(batch.perceptual, batch.draw.chosen("perceptual", count), total / count)

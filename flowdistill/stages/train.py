@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flowdistill.sources import Source
-    from flowdistill.teachers import Model
+    from flowdistill.teachers import Card, Model
     from flowdistill.training import Batch
 
 _MEASURED = 50_000
@@ -83,7 +83,7 @@ class Train(Training):
     licence: str = "Apache-2.0"
     notes: str = Field("", description="what users of the model should know; goes into its card")
 
-    def student(self, work: Work) -> Model:
+    def new_student(self, work: Work) -> Model:
         import torch
 
         from flowdistill import data, randomness, teachers
@@ -103,7 +103,7 @@ class Train(Training):
         torch.manual_seed(randomness.key(work.seed, "weights"))
         return teachers.new(card)
 
-    def source(self, work: Work) -> Source:
+    def source(self, work: Work, card: Card) -> Source:
         from flowdistill import data
         from flowdistill.sources import DataSource
 

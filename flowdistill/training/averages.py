@@ -42,7 +42,7 @@ def chosen(ema: Ema, post_hoc: PostHoc | None, model: str) -> list[Average]:
     stem, suffix = Path(model).stem, Path(model).suffix
     averages = [Average(partial(exponential_decay, ema.decay, ema.ramp), model)]
     averages += [
-        Average(partial(exponential_decay, decay, ema.ramp), f"{stem}-ema-{decay:g}{suffix}")
+        Average(partial(exponential_decay, decay, ema.ramp), f"{stem}-ema-{decay}{suffix}")
         for decay in ema.also
     ]
     for std in post_hoc.stds if post_hoc else ():
@@ -96,7 +96,7 @@ def _overlap(
 
 def snapshot_file(step: int, std: float) -> str:
     """Where the average of width `std` is kept as it is after `step` steps."""
-    return f"{SNAPSHOTS}/{step:08d}-{std:g}.safetensors"
+    return f"{SNAPSHOTS}/{step:08d}-{std}.safetensors"
 
 
 def export(stage: Path, destination: Path, std: float) -> str:

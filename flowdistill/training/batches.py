@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flowdistill.teachers import Card
     from flowdistill.timesteps import Timesteps
     from flowdistill.training.state import State
+    from flowdistill.work import Work
 
     Parts: TypeAlias = Callable[[State], Iterator["Batch"]]
     """The part of this process in the batch of a state's next step, itself in parts."""
@@ -42,6 +43,8 @@ class Batch:
     progress: float
     """Share of the training that is done, in [0, 1)."""
     perceptual: Distance | None = None
+    equipment: Any = None
+    """What the stage has opened for its loss."""
     measured: Tensor | None = None
     """What is known of the loss by t, as `timesteps.sorted_by_time` has it; None at first."""
 
@@ -60,8 +63,7 @@ class Batch:
 
 def parts(
     stage: Training,
-    seed: int,
-    name: str,
+    work: Work,
     source: Source,
     card: Card,
     perceptual: Distance | None,
@@ -72,13 +74,13 @@ def parts(
     if stage.batch_size % (world * pieces):
         accumulated = f" with accumulate {pieces}" if pieces > 1 else ""
         raise UsageError(
-            f"{name}.batch_size: {stage.batch_size} does not divide by {world} processes{accumulated}"
+            f"{work.stage}.batch_size: {stage.batch_size} does not divide by {world} processes{accumulated}"
         )
-    size = stage.batch_size // (world * pieces)
+    size, equipment = stage.batch_size // (world * pieces), stage.equipment(work)
 
     def batch(state: State, piece: int) -> Batch:
         start = (rank * pieces + piece) * size
-        draw = Draws(seed, state.draws, slice(start, start + size), stage.batch_size, accelerator.device)
+        draw = Draws(work.seed, state.draws, slice(start, start + size), stage.batch_size, accelerator.device)
         x0, eps, labels = source.batch(draw)
         return Batch(
             x0.to(draw.device),
@@ -88,6 +90,7 @@ def parts(
             draw,
             state.step / stage.steps,
             perceptual,
+            equipment,
             state.measured,
         )
 

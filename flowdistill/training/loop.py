@@ -44,12 +44,12 @@ def fit(stage: Training, work: Work) -> Done:
     Raises `Diverged` when a loss or gradient is not finite and the recipe does not say to go on (no state is
     written from that step on), and `Interrupted` after a signal, with the state saved.
     """
-    return _Trainer(stage, work, stage.source(work)).run()
+    return _Trainer(stage, work).run()
 
 
 def rehearse(stage: Training, work: Work) -> Cost:
     """Steps on made-up samples, timed, and what the whole training comes to; nothing is written."""
-    trainer = _Trainer(stage, work)
+    trainer = _Trainer(stage, work, rehearsal=True)
     trainer.update()  # the first is slower: memory is laid out, kernels are chosen
     done, started = 0, time.monotonic()
     while not done or time.monotonic() - started < _TRIAL_S:
@@ -87,27 +87,22 @@ class _MadeUp:
 class _Trainer:
     """One training: its network, state and surroundings."""
 
-    def __init__(self, stage: Training, work: Work, source: Source | None = None) -> None:
+    def __init__(self, stage: Training, work: Work, rehearsal: bool = False) -> None:
         self.stage, self.work = stage, work
         self.accelerator = _accelerator(stage, work)
-        self.student = stage.student(work)
+        self.student = stage.new_student(work)
+        card = self.student.card
+        source: Source = _MadeUp(card) if rehearsal else stage.source(work, card)
         if stage.previews:
             records.check_drawable(self.student, work.stage)
-        self.perceptual = stage.perceptual(work, self.student.card)
+        self.perceptual = stage.perceptual(work, card)
         network = self._prepared(self.student.network)
         if not stage.sharded:  # else the device gets its part only
-            network.to(self.accelerator.device)
+            for each in (network, self.plain):
+                each.to(self.accelerator.device)
         rules = averages.chosen(stage.ema, stage.post_hoc, MODEL)
         self.state = State(network, make_optimizer(stage.optimizer, network), rules)
-        self.parts = parts(
-            stage,
-            work.seed,
-            work.stage,
-            source or _MadeUp(self.student.card),
-            self.student.card,
-            self.perceptual,
-            self.accelerator,
-        )
+        self.parts = parts(stage, work, source, card, self.perceptual, self.accelerator)
         self.network = self.accelerator.prepare_model(network, evaluation_mode=stage.sharded)
         self.optimizer = self.accelerator.prepare_optimizer(self.state.optimizer)
         self.key = artifact.digest([dict(work.settings), dict(work.parents), work.seed])
@@ -142,13 +137,13 @@ class _Trainer:
         self.log = records.Log(self.work.folder / LOG, state.step)
         if stage.trackers:
             self.accelerator.init_trackers(TENSORBOARD)
-        started, first, figures = time.monotonic(), state.step, {}
+        started, first = time.monotonic(), state.step
         while state.step < stage.steps:
             terms, by_time = self.update()
             if not self._counts(terms, by_time):
                 continue
             if state.step % stage.log_every == 0 or state.step == stage.steps:
-                figures = self._log()
+                self._log()
             self._show()
             per_second = (state.step - first) * stage.batch_size / (time.monotonic() - started)
             shown = {"loss": terms["loss"], "images/s": per_second}
@@ -159,7 +154,7 @@ class _Trainer:
             self.work.stop.check()
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        return self._finish(figures, time.monotonic() - started, state.step - first)
+        return self._finish(time.monotonic() - started, state.step - first)
 
     def update(self) -> tuple[dict[str, float], Tensor]:
         """One optimizer step, unless its gradient is not finite.
@@ -194,6 +189,10 @@ class _Trainer:
         shown = dict(zip(means, shared, strict=True)) | {"grad_norm": float(norm.detach())}
         if self._finite(shown):
             self.optimizer.step()
+        elif (
+            self.accelerator.scaler
+        ):  # the gradient was unscaled for its norm, and it has to know the end of it
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return shown, summed[len(means) :].reshape(by_time.shape)
 
@@ -222,7 +221,7 @@ class _Trainer:
             return True
         state.setbacks += 1
         if settings.policy == "abort" or state.setbacks > settings.limit:
-            often = "" if settings.policy == "abort" else f" for the {state.setbacks}th time"
+            often = "" if settings.policy == "abort" else f" ({state.setbacks} times by now)"
             raise Diverged(
                 f"training diverged at step {state.step}{often}: loss {terms['loss']}, gradient norm "
                 f"{terms['grad_norm']}; lower optimizer.lr or set optimizer.clip "
@@ -256,15 +255,13 @@ class _Trainer:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         self.state.save(self.path, self.key, scaler, write=main)
 
-    def _log(self) -> dict[str, float]:
-        """A line of the log, whose means it returns."""
+    def _log(self) -> None:
         step = self.state.step
         figures, by_time = self.state.window.take()
         shown = {**figures, "lr": self.stage.optimizer.lr_at(step - 1, self.stage.steps)}
         self.log.add(step, {**shown, "loss_by_t": by_time} if by_time else shown)
         if self.stage.trackers:
             self.accelerator.log(shown, step=step)
-        return figures
 
     def _show(self) -> None:
         """The picture and the averages that are due at this step."""
@@ -287,7 +284,11 @@ class _Trainer:
             path = self.work.folder / averages.snapshot_file(step, std)
             artifact.create_folder(path.parent)
             dtype = getattr(torch, self.stage.weights)
-            kept = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+            names = replace(self.student, network=self.plain).weights.state_dict()
+            kept = {
+                name: value.to(dtype) if value.is_floating_point() else value
+                for name, value in zip(names, weights.values(), strict=True)
+            }
             artifact.save_tensors(path, kept, {"kind": "average", "step": step, "std": std})
 
     def _write(self, name: str, content: bytes) -> None:
@@ -306,8 +307,8 @@ class _Trainer:
             signums = self.accelerator.gather(torch.tensor([stop.signum], device=self.accelerator.device))
             stop.signum = int(signums.max())
 
-    def _finish(self, figures: dict[str, float], seconds: float, steps: int) -> Done:
-        stage, state = self.stage, self.state
+    def _finish(self, seconds: float, steps: int) -> Done:
+        stage, state, figures = self.stage, self.state, self.log.figures()
         files = {rule.file: self._average(n) for n, rule in enumerate(state.rules) if rule.file}
         if not self.accelerator.is_main_process:
             return Done(self._outputs(), figures)
@@ -352,6 +353,8 @@ def _accelerator(stage: Training, work: Work) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if stage.precision == "fp16" and work.device == "cpu":  # accelerate would compute in fp32, and not say so
+        raise UsageError(f"{work.stage}.precision: fp16 is for GPUs, this is a CPU; use bf16 or fp32")
     # accelerate keeps one precision for the whole process, but each stage of a recipe has its own.
     AcceleratorState._reset_state()
     return Accelerator(

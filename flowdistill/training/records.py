@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flowdistill.teachers import Model
 
 PREVIEWS = "previews"
+_NO_MEANS = ("step", "lr", "loss_by_t")
 
 
 class Log:
@@ -33,6 +34,11 @@ class Log:
 
     def add(self, step: int, figures: Mapping[str, Any]) -> None:
         self.lines.append(json.dumps({"step": step, **figures}))
+
+    def figures(self) -> dict[str, float]:
+        """The means of the last window."""
+        shown = json.loads(self.lines[-1]) if self.lines else {}
+        return {name: value for name, value in shown.items() if name not in _NO_MEANS}
 
     def save(self) -> None:
         artifact.atomic_write(self.path, "".join(f"{line}\n" for line in self.lines).encode())

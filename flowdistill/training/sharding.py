@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,6 +28,7 @@ def shard(network: nn.Module, accelerator: Any, stage: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP knows no other
     for block in _blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)

@@ -49,7 +49,7 @@ class State:
     def advance(self, terms: Mapping[str, float], by_time: Tensor) -> None:
         """Count an update: move the averages, and keep what was measured; buffers are copied."""
         self.step += 1
-        weights = dict(self.network.named_parameters())
+        weights = dict(self.network.named_parameters(remove_duplicate=False))
         for rule, average in zip(self.rules, self.averages, strict=True):
             rate = 1.0 - rule.decay_at(self.step)
             torch._foreach_lerp_([average[name] for name in weights], list(weights.values()), rate)
