@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowdistill import checkpoints, foreign
 from flowdistill.errors import ArtifactError, FlowdistillError, MissingInput, UsageError
-from flowdistill.evaluation import lpipsweights
+from flowdistill.evaluation import lpipsdistance, lpipsweights
 from flowdistill.evaluation.lpipsdistance import LpipsDistance, Network, lpips_distance
 from flowdistill.evaluation.lpipsweights import PUBLISHED, Published
 from flowdistill.objectives import Lpips
@@ -164,7 +164,7 @@ def test_value_and_gradient_are_the_packages_own(net: Any, size: tuple[int, int]
     torch.save(features, tmp_path / "features.pt")
     settings = Lpips(net=net, pooling="max", resolution="native")
     distance = lpips_distance(settings, card(3, *size), tmp_path / "features.pt")
-    theirs = package(net, whole(net, features, package_heads(net)))
+    theirs = package(net, whole(net, features, package_heads(net))).to(memory_format=torch.channels_last)
     x_hat, x = images(2, 3, *size)
     x_hat, again = x_hat.requires_grad_(), x_hat.detach().clone().requires_grad_()
     found, expected = distance(x_hat, x), theirs(again, x)[:, 0, 0, 0]
@@ -189,6 +189,23 @@ def test_gradients_are_slopes_and_reach_the_students_image_alone(small: LpipsDis
     with torch.no_grad():
         change = small(x_hat + step * direction, x) - small(x_hat - step * direction, x)
     torch.testing.assert_close(change / (2 * step), slope, rtol=0.02, atol=0)
+
+
+def test_parts_of_a_batch_are_compared_in_turn(small: LpipsDistance, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_hat, x = images(5, 3, 32, 32)
+    x_hat.requires_grad_()
+    sizes: list[int] = []
+    small.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    whole_batch = small(x_hat, x)
+    (expected,) = torch.autograd.grad(whole_batch.square().sum(), x_hat)
+    monkeypatch.setattr(lpipsdistance, "_PIXELS_CPU", 2 * 32 * 32)
+    found = small(x_hat, x)
+    (slopes,) = torch.autograd.grad(found.square().sum(), x_hat)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x_hat, x), found)
+    assert sizes == [5, 2, 2, 1, 2, 2, 1]
+    torch.testing.assert_close(found, whole_batch)
+    torch.testing.assert_close(slopes, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_equal_and_featureless_images_have_finite_gradients(small: LpipsDistance) -> None:

@@ -12,19 +12,21 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flowdistill import foreign
 from flowdistill.errors import UsageError
 from flowdistill.evaluation import lpipsweights
+from flowdistill.flow import expand
 from flowdistill.objectives import LEAST
 
 if TYPE_CHECKING:
-    from flowdistill.objectives import Lpips
+    from flowdistill.objectives import Distance, Lpips
     from flowdistill.teachers import Card
 
 _CLASSES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}
@@ -37,6 +39,8 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixe
 _EPS = 1e-10
 _SQUARES_AT_LEAST = 1e-30
 """Below it a vector counts as 0: the root's own slope is infinite there."""
+_PIXELS_CPU, _PIXELS = 2**16, 2**21
+"""How many are compared at a time, which bounds the memory: of 224 x 224 one image, and on a GPU 41."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,21 @@ class LpipsDistance:
 
     def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """x_hat, x [B, 1 or 3, H, W] -> [B] float32; gradients reach x_hat alone."""
-        self.network.to(x_hat.device)
-        found: Tensor = self.network(self._prepared(x_hat), self._prepared(x.detach()))
+        on_cpu = x_hat.device.type == "cpu"
+        layout = torch.channels_last if on_cpu else torch.preserve_format
+        self.network.to(x_hat.device, memory_format=layout)  # type: ignore[call-overload]
+        pixels = len(x_hat) * (self.resolution**2 if self.resolution else x_hat[0, 0].numel())
+        parts = max(1, -(-pixels // (_PIXELS_CPU if on_cpu else _PIXELS)))
+        pairs = zip(x_hat.chunk(parts), x.detach().chunk(parts), strict=True)
+        compare = self._with_slopes if torch.is_grad_enabled() and x_hat.requires_grad else self._compared
+        return torch.cat([compare(*pair) for pair in pairs])
+
+    def _with_slopes(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        found: Tensor = _WithSlopes.apply(self._compared, x_hat, x)  # type: ignore[no-untyped-call]
+        return found
+
+    def _compared(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        found: Tensor = self.network(self._prepared(x_hat), self._prepared(x))
         return found
 
     def _prepared(self, images: Tensor) -> Tensor:
@@ -116,9 +133,7 @@ class Network(nn.Module):
                 with torch.no_grad():
                     x = part(x)
             with torch.autocast(x.device.type, enabled=False):
-                with torch.no_grad():
-                    target = _unit(x)
-                total = total + ((_unit(x_hat) - target).square() * head).sum(1).mean((1, 2))
+                total = total + _Apart.apply(x_hat, x, head)  # type: ignore[no-untyped-call]
         return total
 
     def _parts(self) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -170,8 +185,53 @@ def _pool_by_average(layers: nn.Module) -> None:
             setattr(layers, name, pool)
 
 
-def _unit(maps: Tensor) -> Tensor:
-    """Maps [B, C, H, W] as float32, with vectors of length 1 at each place; 0 stays 0, with slope 0."""
-    maps = maps.float()
-    squares = maps.square().sum(1, keepdim=True)
-    return maps / (squares.clamp_min(_SQUARES_AT_LEAST).sqrt() + _EPS)
+class _WithSlopes(torch.autograd.Function):
+    """A distance whose slopes are taken at once: the network's maps need not wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, distance: Distance, x_hat: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x_hat = x_hat.detach().requires_grad_()
+            found = distance(x_hat, x)
+            ctx.save_for_backward(*torch.autograd.grad(found.sum(), x_hat))
+        return found.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return None, slopes * expand(slope, slopes).to(slopes), None
+
+
+class _Apart(torch.autograd.Function):
+    """sum_c head_c (a_c / |a| - b_c / |b|)^2, averaged over places, of maps a, b [B, C, H, W] -> [B] float32.
+
+    The slope reaches a alone. Maps are large and many, and memory is what this costs: written out, each step
+    would have a map of its own, forwards and backwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, head: Tensor) -> Tensor:
+        ours, target = a.float(), b.float()
+        room, apart = ours * ours, target * target
+        length, of_target = _length(room), _length(apart)
+        torch.div(ours, length + _EPS, out=apart)
+        apart.addcdiv_(target, of_target + _EPS, value=-1)
+        ctx.save_for_backward(a, length, apart, head)
+        return (torch.mul(apart, apart, out=room).mean((2, 3)) * head.flatten()).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        a, length, apart, head = ctx.saved_tensors
+        places = apart[0, 0].numel()
+        along = apart * (expand(2 / places * slope, apart) * head)
+        ours = a.float()
+        inwards = (along * ours).sum(1, keepdim=True) / (length * (length + _EPS).square())
+        along.div_(length + _EPS).addcmul_(ours, inwards, value=-1)
+        return along.to(a), None, None
+
+
+def _length(squares: Tensor) -> Tensor:
+    """Of the vector at each place, [B, 1, H, W]; 0 counts as a little, so that it has a slope."""
+    return squares.sum(1, keepdim=True).clamp_min_(_SQUARES_AT_LEAST).sqrt_()
