@@ -39,6 +39,8 @@ class Labelled(Protocol):
 Terms: TypeAlias = "dict[str, Tensor]"
 """Parts of a loss by name, each [B], for the log; empty where the loss has one part."""
 
+DOWNLOAD = "download"
+"""In place of a file of weights: they are fetched from where torchvision has them."""
 LEAST: Mapping[str, int] = {"vgg": 16, "alex": 32, "squeeze": 24}
 """Pixels that a side of an image must have for each network of LPIPS."""
 
@@ -61,9 +63,12 @@ class Lpips(Settings):
         224, description="images are resized to this many pixels a side, bilinearly; native leaves them"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network's body")
-    weights: Annotated[str | None, Reference("weights", optional=True, files=True)] = Field(
-        None,
-        description="file with the network's weights, relative to the recipe; left out, torchvision's cache",
+    weights: Annotated[str | None, Reference("weights", optional=True, files=True, names=(DOWNLOAD,))] = (
+        Field(
+            None,
+            description="file with the network's weights, relative to the recipe; left out, torchvision's "
+            "cache; download puts them there",
+        )
     )
 
     @model_validator(mode="after")
@@ -118,6 +123,18 @@ class L2(Direct):
         """Loss [B] and its terms."""
         difference = self.difference(v_hat, v, t).flatten(1)
         return difference.norm(dim=1) / math.sqrt(difference.shape[1]), {}
+
+
+class L1(Direct):
+    """Mean of |v_hat - v| over the sample's numbers, whose minimum is their conditional median."""
+
+    name: Literal["l1"] = "l1"
+
+    def __call__(
+        self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
+    ) -> tuple[Tensor, Terms]:
+        """Loss [B] and its terms."""
+        return self.difference(v_hat, v, t).abs().flatten(1).mean(1), {}
 
 
 class PseudoHuber(Direct):
@@ -181,8 +198,22 @@ class LpipsHuber(Compared):
         return (1 - t) * huber + self.weighed(distance, t), {"huber": huber, "perceptual": distance}
 
 
+class PerceptualL2(Compared):
+    """P + ||v_hat - v||^2 / d: SlimFlow's `lpips+l2` (arXiv 2407.12718)."""
+
+    name: Literal["perceptual-l2"] = "perceptual-l2"
+
+    def __call__(
+        self, v_hat: Tensor, v: Tensor, x_t: Tensor, t: Tensor, perceptual: Distance | None
+    ) -> tuple[Tensor, Terms]:
+        """Loss [B] and its terms, unweighted; MissingInput without a distance."""
+        squares = (v_hat - v).square().flatten(1).mean(1)
+        distance = _perceptual(v_hat, v, x_t, t, perceptual)
+        return self.weighed(distance, t) + squares, {"squared_l2": squares, "perceptual": distance}
+
+
 Loss: TypeAlias = Annotated[
-    SquaredL2 | L2 | PseudoHuber | Perceptual | LpipsHuber, Field(discriminator="name")
+    SquaredL2 | L2 | PseudoHuber | L1 | Perceptual | LpipsHuber | PerceptualL2, Field(discriminator="name")
 ]
 
 

@@ -17,8 +17,10 @@ from test_cli import LOADED
 from test_lpips import drawn
 
 from flowdistill import artifact, recipe
+from flowdistill.artifact import Manifest
 from flowdistill.cli import execute
 from flowdistill.errors import RecipeError
+from flowdistill.evaluation import lpipsweights
 from flowdistill.references import references
 from flowdistill.stages import verbs
 from flowdistill.stages.reflow import Reflow
@@ -117,6 +119,33 @@ def test_missing_weights_end_a_run_before_it_trains(here: Path, capsys: pytest.C
         == 3
     )
     assert not Path("new").exists()  # nor are pairs made before it is noticed
+
+
+def test_weights_are_fetched_where_the_recipe_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder in place of the server; the file has to have the SHA-256 that its name promises."""
+    distance = "reflow.loss.distance={name: lpips, net: squeeze, resolution: 32, weights: download}"
+    command = ["run", "in/recipe.yaml", "-q", "--fresh", "-s", distance]
+    monkeypatch.setattr(lpipsweights, "URL", f"{here.as_uri()}/server/")
+    assert execute(command) == 3
+    assert "squeezenet1_1-b8a52dc0.pth: cannot be downloaded" in said(capsys)
+    Path("server").mkdir()
+    torch.save({name: value for name, value in drawn("squeeze").items()}, "server/squeeze.pth")
+    sha256 = artifact.sha256(Path("server/squeeze.pth"))[:8]
+    for promised, code in (("0" * 8, 3), (sha256, 0)):
+        Path("server/squeeze.pth").rename(f"server/squeeze-{promised}.pth")
+        file = lpipsweights.Published(f"squeeze-{promised}.pth", "1 MiB")
+        monkeypatch.setattr(lpipsweights, "PUBLISHED", {"squeeze": file})
+        assert execute(command) == code
+        assert (lpipsweights.cache() / file.file).exists() == (code == 0)
+        Path(f"server/squeeze-{promised}.pth").rename("server/squeeze.pth")
+    assert "invalid hash value" in said(capsys)
+    assert (
+        Manifest.read(Path("runs/recipe/reflow"))
+        .figures["perceptual_distance"]
+        .startswith(f"lpips-squeeze@{sha256}")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Weights of LPIPS: where they lie, whether they are what they should be, and what is in them.
 
 The linear heads come with the `lpips` package. The networks below them are torchvision's and are not
-shipped; a recipe names their file, or it lies where torchvision would have put it. Nothing is downloaded, and
-files are read as data, never executed.
+shipped; a recipe names their file, or it lies where torchvision would have put it. Nothing is downloaded
+unless a recipe says so, and files are read as data, never executed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowdistill import checkpoints, foreign
 from flowdistill.checkpoints import Checkpoint, StoredTensor
+from flowdistill.durable import create_folder
 from flowdistill.errors import ArtifactError, MissingInput, bare, quoted
 
 URL = "https://download.pytorch.org/models/"
@@ -110,8 +111,30 @@ def locate(net: str) -> Path:
             f"{path}: no such file; LPIPS with net: {net} needs these weights of torchvision's "
             f"({wanted.size}, SHA-256 {wanted.sha256}…), and nothing is downloaded by itself\n"
             f"get them: {command}\n"
-            "or name a file that has them, distance: {name: lpips, weights: FILE}"
+            "or have them downloaded, distance: {name: lpips, weights: download}, or name a file there"
         )
+    return path
+
+
+def fetch(net: str) -> Path:
+    """Where torchvision keeps the weights of `net`, downloaded if need be.
+
+    Raises `MissingInput` where that fails. The file is there whole, with the SHA-256 of its name, or not.
+    """
+    wanted = PUBLISHED[net]
+    path = cache() / wanted.file
+    if path.exists():
+        return path
+    from torch.hub import download_url_to_file
+
+    create_folder(path.parent)
+    try:
+        download_url_to_file(URL + wanted.file, str(path), hash_prefix=wanted.sha256, progress=False)
+    except (OSError, RuntimeError) as error:  # no network; another SHA-256
+        raise MissingInput(
+            f"{URL}{wanted.file}: cannot be downloaded: {str(error).partition(chr(10))[0]}\n"
+            f"get it on another machine: {_command(path, wanted)}"
+        ) from None
     return path
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from flowdistill.errors import MissingInput, UsageError
-from flowdistill.objectives import Compared, Loss, of_some
+from flowdistill.objectives import DOWNLOAD, Compared, Loss, of_some
 from flowdistill.optimization import Ema, NonFinite, Optimizer, PostHoc, Previews
 from flowdistill.recipe import Reference, Settings, StageSettings
 from flowdistill.work import Cost, Done, Figures, Work
@@ -225,10 +225,11 @@ class OnPairs(Training):
     def preflight(self, inputs: Mapping[str, Any]) -> None:
         super().preflight(inputs)
         for key, loss in self._compared().items():
-            if loss.distance is not None and not inputs.get(f"{key}.distance.weights"):
+            weights = inputs.get(f"{key}.distance.weights")
+            if loss.distance is not None and weights in (None, DOWNLOAD):
                 from flowdistill.evaluation import lpipsweights
 
-                lpipsweights.locate(loss.distance.net)
+                (lpipsweights.fetch if weights else lpipsweights.locate)(loss.distance.net)
 
     def source(self, work: Work, card: Card) -> Source:
         from flowdistill.sources import PairSource, check_for
@@ -245,7 +246,8 @@ class OnPairs(Training):
             if loss.distance is None:
                 return extractors.perceptual(card)
             weights = work.inputs.get(f"{key}.distance.weights")
-            return lpipsdistance.lpips_distance(loss.distance, card, Path(weights) if weights else None)
+            file = None if weights in (None, DOWNLOAD) else Path(weights)
+            return lpipsdistance.lpips_distance(loss.distance, card, file)
         return None
 
     def distance(self, loss: Loss, batch: Batch) -> Distance | None:
