@@ -90,13 +90,22 @@ Amount = Annotated[
 ]
 
 
+Latency = Annotated[
+    float,
+    Field(gt=0),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": f"^{_LATENCY}$"}]}
+    ),
+]
+
+
 class Budget(Settings):
     """The largest network of the family of the model that the student is made after, within limits."""
 
     params: Amount | None = Field(None, description="most parameters, as in 15M")
     macs: Amount | None = Field(None, description="most multiply-adds of an evaluation, as in 4G")
-    latency_ms: float | None = Field(
-        None, gt=0, description="longest evaluation on the device of the run; `5 @ batch 1` says both"
+    latency_ms: Latency | None = Field(
+        None, description="longest evaluation on the device of the run; `5 @ batch 1` says both"
     )
     batch: int = Field(1, gt=0, description="samples that are evaluated together for `latency_ms`")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowdistill import hardware
-from flowdistill.errors import MissingInput
+from flowdistill.errors import MissingInput, UsageError
 from flowdistill.pipeline import Event, Pipeline, Standing, Started
 from flowdistill.work import Cost, Stop
 
@@ -66,7 +66,7 @@ def _estimate(
     show(Started(name, stage.verb))
     try:
         cost = stage.plan(pipeline.work(name, device, show, Stop()))
-    except MissingInput as error:
+    except (MissingInput, UsageError) as error:
         return Estimate(name, stage.verb, standing.state, None, str(error).partition("\n")[0])
     return Estimate(name, stage.verb, standing.state, cost, "" if cost else "not measured for this verb")
 

@@ -68,7 +68,7 @@ def size_of(architecture: str, arguments: Mapping[str, Any], shape: tuple[int, .
         network = networks.build(architecture, arguments).eval()
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            network(torch.empty(1, *shape), torch.empty(1))
+            network(torch.empty(1, *shape), torch.empty(1), torch.zeros(1, dtype=torch.int64))
     parameters = sum(each.numel() for each in network.parameters())
     return Size(dict(arguments), parameters, counter.get_total_flops() // 2)
 
@@ -77,11 +77,12 @@ def latency_ms(network: nn.Module, shape: tuple[int, ...], batch: int, device: s
     """Median time of one evaluation for `batch` samples, by the host's clock."""
     network = network.to(device).eval()
     x, t = torch.zeros(batch, *shape, device=device), torch.full((batch,), 0.5, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
     runs: list[float] = []
     with torch.inference_mode():
         while len(runs) <= _RUNS_LEAST or sum(runs) < _RUNS_SECONDS:
             started = time.perf_counter()
-            network(x, t).cpu()  # the copy waits for the device
+            network(x, t, labels).cpu()  # the copy waits for the device
             runs.append(time.perf_counter() - started)
     return 1000 * statistics.median(runs[1:])  # the first warms up
 
@@ -92,7 +93,8 @@ def scaled(
     """The arguments of a network of a family with `width` times the channels, `depth` blocks or as many."""
     family = FAMILIES[architecture]
     channels = networks.argument(architecture, arguments, family.width)
-    wide = max(family.multiple, family.multiple * round(width * channels / family.multiple))
+    fitting = max(family.multiple, family.multiple * round(width * channels / family.multiple))
+    wide = channels if width == 1 else min(channels, fitting)
     changes = {family.width: wide}
     if depth is not None:
         changes[family.depth] = depth
@@ -100,6 +102,20 @@ def scaled(
         before = networks.argument(architecture, arguments, family.along)
         changes[family.along] = max(1, round(before * wide / channels))
     return {**arguments, **changes}
+
+
+def fitting(
+    architecture: str, arguments: Mapping[str, Any], shape: tuple[int, ...], width: float, depth: int | None
+) -> dict[str, Any]:
+    """The arguments that `scaled` makes or, where they fit no network, those of the nearest width that do."""
+    family = FAMILIES[architecture]
+    channels = networks.argument(architecture, arguments, family.width)
+    shares = [n * family.multiple / channels for n in range(1, channels // family.multiple + 1)]
+    for share in [width, *sorted(shares, key=lambda share: abs(share - width)), 1.0]:
+        found = scaled(architecture, arguments, share, depth)
+        if any(_possible(architecture, found, shape)):
+            break
+    return found
 
 
 def candidates(architecture: str, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> list[Size]:

@@ -27,6 +27,7 @@ def card(like: Card, work: Work, **changes: Any) -> Card:
     own = {
         "parents": dict(work.parents),
         "settings": dict(work.settings),
+        "nfe": None,
         "guidance": None,
         "distilled": True,
         "figures": {},
@@ -58,7 +59,8 @@ def _described(student: Student, like: Model, work: Work, key: str) -> dict[str,
         return {"arguments": _within(student, like, work, key)}
     if isinstance(student, Scaled):
         _check_family(its, key)
-        return {"arguments": sizing.scaled(its.architecture, its.arguments, student.width, student.blocks)}
+        sizes = student.width, student.blocks
+        return {"arguments": sizing.fitting(its.architecture, its.arguments, its.shape, *sizes)}
     if isinstance(student, Published):
         return _published(student, its, key)
     return {
@@ -70,17 +72,29 @@ def _described(student: Student, like: Model, work: Work, key: str) -> dict[str,
 
 
 def _within(budget: Budget, like: Model, work: Work, key: str) -> dict[str, Any]:
-    """Arguments of the network that a budget allows; what was measured once is not measured again."""
+    """Arguments of the network that a budget allows; what is settled stays."""
     from flowdistill import artifact, sizing
 
     its, path = like.card, work.folder / CHOSEN
     _check_family(its, key)
-    if budget.latency_ms is None:
-        return dict(sizing.choose(its.architecture, its.arguments, its.shape, budget, work.device).arguments)
-    if not path.exists():
-        size = sizing.choose(its.architecture, its.arguments, its.shape, budget, work.device)
+    if path.exists():
+        return dict(artifact.load_json(path)["arguments"])
+    return dict(sizing.choose(its.architecture, its.arguments, its.shape, budget, work.device).arguments)
+
+
+def settle(student: Student, work: Work, key: str) -> None:
+    """Choose within a budget once, for whoever continues and for all processes: clocks differ."""
+    from flowdistill import artifact, sizing
+
+    path = work.folder / CHOSEN
+    if not isinstance(student, Budget):
+        return
+    if work.world.rank == 0 and not path.exists():
+        its = work.model("like").card
+        _check_family(its, key)
+        size = sizing.choose(its.architecture, its.arguments, its.shape, student, work.device)
         artifact.save_json(path, {"arguments": dict(size.arguments), "latency_ms": size.latency_ms})
-    return dict(artifact.load_json(path)["arguments"])
+    work.world.wait()
 
 
 def _check_family(its: Card, key: str) -> None:

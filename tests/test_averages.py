@@ -194,8 +194,16 @@ def test_export_of_a_kept_width_is_that_one(trained: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("stage new.safetensors", 2, "expected --as FORMAT for pairs, or --ema STD for a training"),
-        ("stage new.safetensors --as npy --ema 0.07", 2, "expected --as FORMAT for pairs, or --ema STD"),
+        (
+            "stage new.safetensors",
+            2,
+            "expected --as FORMAT for pairs or a schedule, or --ema STD for a training",
+        ),
+        (
+            "stage new.safetensors --as npy --ema 0.07",
+            2,
+            "expected --as FORMAT for pairs or a schedule, or --ema STD",
+        ),
         (
             "stage new.safetensors --ema 0.049",
             2,

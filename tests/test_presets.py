@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,23 @@ OTHERWISE: Mapping[tuple[str, str], tuple[tuple[int, int, int, str], tuple[float
     ("cifar10", "a"): ((800_000, 128, 1, "fp32"), (2e-4, 5000)),
     ("cifar10", "g"): ((5_000, 512, 1, "fp32"), (2e-5, 0)),
 }
+EDM_GRID = {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 CASES = [(name, stage) for name, (stages, *_) in PUBLISHED.items() for stage in stages]
+
+
+def adam(lr: float, warmup: int, clip: float | None = None) -> dict[str, Any]:
+    """The optimizer of a training."""
+    return {
+        "name": "adam",
+        "lr": lr,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "warmup": warmup,
+        "decay": "constant",
+        "decay_from": 0.0,
+        "clip": clip,
+    }
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
@@ -85,17 +102,7 @@ def test_a_training_is_the_published_one(name: str, stage: str) -> None:
     assert (found["timesteps"], found["loss"]) == CONFIGS[stage]
     numbers, (lr, warmup) = OTHERWISE.get((name, stage), PUBLISHED[name][2:])
     assert tuple(found[key] for key in ("steps", "batch_size", "accumulate", "precision")) == numbers
-    assert found["optimizer"] == {
-        "name": "adam",
-        "lr": lr,
-        "betas": [0.9, 0.999],
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "warmup": warmup,
-        "decay": "constant",
-        "decay_from": 0.0,
-        "clip": None,
-    }
+    assert found["optimizer"] == adam(lr, warmup)
     assert found["ema"] == {"decay": 0.9999, "ramp": False, "also": []}
     assert found["label_dropout"] == 0
     assert found["feed"]["weights"] == ([0.9, 0.1] if stage == "g" else None)
@@ -112,8 +119,7 @@ def test_pairs_are_the_published_ones(name: str) -> None:
     assert sorted(s.name for s in recipe.stages if s.verb == "reflow") == list(PUBLISHED[name][0])
     found = recipe.settings_json("pairs")
     assert (found["count"], found["steps"]) == PUBLISHED[name][1]
-    grid = {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
-    assert (found["solver"], found["schedule"], found["dtype"]) == ("heun", grid, "uint8")
+    assert (found["solver"], found["schedule"], found["dtype"]) == ("heun", EDM_GRID, "uint8")
     assert (found["precision"], found["guidance"], found["classes"]) == ("fp32", None, None)
     if name == "cifar10":
         real = recipe.settings_json("real")
@@ -181,20 +187,30 @@ def test_the_head_of_a_recipe_names_its_command(path: Path) -> None:
     head = [line for line in lines if line.startswith("#")]
     assert any("flowdistill run" in line or "flowdistill eval" in line for line in head)
     assert all(len(line) <= WIDTH for line in lines if not line.startswith("#"))
+    stages = {stage.name: stage.verb for stage in load(path, verbs(), missing_ok=True).stages}
+    for verb, stage in re.findall(r"flowdistill (\w+) \S+ --stage (\S+)", "\n".join(head)):
+        assert stages[stage] == verb
 
 
 # Without the weights ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*(f"rfpp/{name}" for name in PUBLISHED), "rectified-diffusion"])
+FOREIGN = [
+    *(f"rfpp/{name}" for name in PUBLISHED),
+    *(f"slimflow/{name}" for name in ("cifar10", "ffhq", "imagenet64")),
+    *("rectified-diffusion", "instaflow"),
+]
+"""Recipes whose teachers do not ship."""
+
+
+@pytest.mark.parametrize("name", FOREIGN)
 def test_a_recipe_is_valid_where_its_files_are_not(name: str, shell: Shell) -> None:
     answer = shell("validate", name)
     assert (answer.code, answer.err) == (0, "")
     assert f"{name}: no mistakes" in answer.out and "not there, and needed before it runs:" in answer.out
     missing = shell("validate", name, "--json").json["missing"]
-    file = (
-        f"teacher: '{TEACHERS[Path(name).name]}.safetensors'" if "/" in name else "teacher.prompts: 'prompts"
-    )
+    teacher = read(name).teacher
+    file = f"teacher: '{Path(teacher).name}'" if isinstance(teacher, str) else "teacher.prompts: 'prompts"
     of_g = ["real.data: 'cifar10-train.npz' does not exist"] if name == "rfpp/cifar10" else []
     for line, words in zip(missing, [file, *of_g], strict=True):
         assert words in line and f"{name}.yaml:" in line
@@ -225,7 +241,9 @@ def test_a_teacher_that_is_there_is_still_looked_at(shell: Shell) -> None:
 SMALL = {
     "pairs": "count=8 steps=2 batch_size=4 shard_size=4 check=2",
     "real": "count=8 steps=2 batch_size=4 shard_size=4 check=2",
-    "reflow": "steps=2 batch_size=4 optimizer.warmup=1 log_every=1 loss.distance.resolution=16",
+    "reflow": "steps=2 batch_size=4 optimizer.warmup=1 log_every=1",
+    "slimflow": "steps=3 batch_size=4 optimizer.warmup=1 log_every=1",
+    "distill": "steps=2 batch_size=4 log_every=1",
     "eval": "samples=4 batch_size=4 reference.steps=2 reference.samples=4 straightness=2 latency=false",
 }
 ADM = {
@@ -233,7 +251,7 @@ ADM = {
     "label_dim": 3,
     "model_channels": 8,
     "channel_mult": [1],
-    "num_blocks": 1,
+    "num_blocks": 2,
     "attn_resolutions": [8],
     "dropout": 0.1,
 }
@@ -241,16 +259,23 @@ ADM = {
 
 def smaller(recipe: Recipe[Stage], teacher: str) -> list[str]:
     """Overrides that make a preset one of seconds; random networks would not pass the probe."""
-    options = ["-s", f"teacher={{name: {teacher}, probe: false}}"]
+    changes = [f"teacher={{name: {teacher}, probe: false}}"]
     for stage in recipe.stages:
-        for change in SMALL[stage.name if stage.name in SMALL else stage.verb].split():
-            if not change.startswith("loss.distance") or stage.name in "efg":
-                options += ["-s", f"{stage.name}.{change}"]
-        if stage.name in "efg":
-            options += ["-s", f"{stage.name}.loss.distance.weights=vgg.safetensors"]
-        if recipe.settings_json(stage.name).get("precision") == "fp16":  # is for GPUs
-            options += ["-s", f"{stage.name}.precision=bf16"]
-    return options
+        found = recipe.settings_json(stage.name)
+        own = SMALL[stage.name if stage.name in SMALL else stage.verb].split()
+        if found.get("loss", {}).get("distance"):
+            own += ["loss.distance.resolution=16", "loss.distance.weights=vgg.safetensors"]
+        if found.get("annealing", {}).get("steps"):
+            own += ["annealing.steps=2"]
+        if found.get("precision") == "fp16":  # is for GPUs
+            own += ["precision=bf16"]
+        changes += [f"{stage.name}.{change}" for change in own]
+    return overriding(*changes)
+
+
+def overriding(*changes: str) -> list[str]:
+    """The changes as options of a command."""
+    return [part for change in changes for part in ("-s", change)]
 
 
 @pytest.fixture(scope="module")
@@ -262,26 +287,28 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def placed(name: str, shell: Shell, vgg: Path) -> list[str]:
     """The preset beside what it needs, in the current folder, by the commands of its head; overrides."""
-    here, teacher = Path().absolute(), f"{TEACHERS[name]}.safetensors"
-    if name == "imagenet64":
+    recipe, here = read(name), Path().absolute()
+    assert isinstance(recipe.teacher, str)
+    teacher = Path(recipe.teacher).name
+    if "-adm" in teacher:
         torch.manual_seed(0)
         torch.save({"ema": shaken(networks.build("dhariwalunet", ADM)).state_dict()}, "adm.pt")
         Path("adm.yaml").write_text(json.dumps({"architecture": "dhariwalunet", "arguments": ADM}))
         made = shell("import", "adm.pt", teacher, "--preset", "edm", "--card", "adm.yaml")
     else:
-        snapshot(here).rename(f"{TEACHERS[name]}.pkl")
-        made = shell("import", f"{TEACHERS[name]}.pkl", teacher)
+        pickled = snapshot(here).rename(Path(teacher).with_suffix(".pkl"))
+        made = shell("import", pickled, teacher)
     assert made.code == 0, made.err
     (here / "vgg.safetensors").symlink_to(vgg)
     source = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
     np.savez("cifar10-train.npz", source)
-    assert shell("recipes", "copy", f"rfpp/{name}", ".").code == 0
-    return smaller(read(f"rfpp/{name}"), teacher)
+    assert shell("recipes", "copy", name, ".").code == 0
+    return smaller(recipe, teacher)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_can_be_planned(name: str, shell: Shell, vgg: Path) -> None:
-    changes = placed(name, shell, vgg)
+    changes = placed(f"rfpp/{name}", shell, vgg)
     stages = shell("plan", f"{name}.yaml", "--json", *changes).json["stages"]
     assert not Path("runs").exists()
     for each in stages:
@@ -294,7 +321,7 @@ def test_a_preset_can_be_planned(name: str, shell: Shell, vgg: Path) -> None:
 @pytest.mark.parametrize(("name", "student"), [("cifar10", "f"), ("afhq", "f"), ("imagenet64", "e")])
 def test_the_command_of_the_head_trains(name: str, student: str, shell: Shell, vgg: Path) -> None:
     """`flowdistill eval` does what it rests on, and nothing else; dropout stays on."""
-    changes = placed(name, shell, vgg)
+    changes = placed(f"rfpp/{name}", shell, vgg)
     answer = shell("eval", f"{name}.yaml", "-q", *changes)
     assert answer.code == 0, answer.err
     out = Path("runs") / name
@@ -319,7 +346,7 @@ def test_the_command_of_the_head_trains(name: str, student: str, shell: Shell, v
 
 def test_the_first_and_the_last_config_of_cifar10_train(shell: Shell, vgg: Path) -> None:
     """a is the teacher's network with fresh weights; g begins as f and sees real images."""
-    changes = placed("cifar10", shell, vgg)
+    changes = placed("rfpp/cifar10", shell, vgg)
     for stage in ("a", "g"):
         answer = shell("reflow", "cifar10.yaml", "--stage", stage, "-q", *changes)
         assert answer.code == 0, answer.err
@@ -345,7 +372,7 @@ def test_a_rectified_diffusion_trains_on_a_small_pipeline(shell: Shell) -> None:
     changes = ["pairs.count=8", "pairs.steps=2", "pairs.batch_size=4", "pairs.shard_size=4", "pairs.check=2"]
     changes += ["reflow.steps=2", "reflow.batch_size=4", "reflow.log_every=1", "reflow.precision=fp32"]
     changes += ["teacher.name=diffusers:sd", "teacher.probe=false", "teacher.pixels=[64, 64]"]
-    options = [part for change in changes for part in ("-s", change)]
+    options = overriding(*changes)
     validated = shell("validate", "rectified-diffusion.yaml", *options, "--json")
     assert validated.code == 0 and validated.json["missing"] == [], validated.err
     answer = shell("run", "rectified-diffusion.yaml", "-q", *options)

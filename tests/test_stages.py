@@ -307,13 +307,20 @@ def test_a_student_that_predicts_x0_learns_opens_again_and_is_exported(shell: Sh
     assert shell("sample", "new.safetensors", "--nfe", "1", "--count", "4", "-q").code == 0
 
 
-def test_a_convention_is_for_fresh_networks(shell: Shell) -> None:
-    recipe = HEAD.replace("      network: {name: mlp, width: 32, depth: 2}\n", "")
-    Path("head.yaml").write_text(recipe)
-    answer = shell("reflow", "head.yaml", "-q")
-    assert (answer.code, answer.out) == (2, "") and not Path("runs").exists()
-    assert answer.err.startswith("head.yaml:5:") and len(answer.err.splitlines()) == 1
-    assert "convention: only a fresh network can be given one; describe it with `network`" in answer.err
+@pytest.mark.parametrize("convention", [None, {"sign": -1, "clock": {"name": "linear", "scale": 0.5}}])
+def test_weights_may_be_a_start_for_another_convention(
+    tmp_path: Path, convention: dict[str, Any] | None
+) -> None:
+    """InstaFlow takes Stable Diffusion's network, which predicted noise, for one of x0 - eps at 1000 t."""
+    settings = {} if convention is None else {"convention": convention}
+    stage = make(Reflow, steps=1, loss={"name": "squared-l2"}, **settings)
+    student = stage.new_student(work(tmp_path, stage, {"init": "builtin:shapes"}))
+    teacher = open_model("builtin:shapes")
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
+    with torch.no_grad():
+        found = student.network(x, t, labels)
+        its = teacher.network(x, t, labels) if convention is None else -teacher.network(x, 0.5 * t, labels)
+    torch.testing.assert_close(found, its)
 
 
 # --- reflow: labels that are withheld --------------------------------------------------------------

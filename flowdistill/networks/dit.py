@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 _PERIOD = 10_000.0
 _TIME_FEATURES = 256
@@ -169,7 +171,8 @@ class Times(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         # bfloat16 features could not tell SiT's times apart that are closer than 1/256.
-        with torch.autocast(time.device.type, enabled=False):
+        kind = time.device.type
+        with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
             embedding: Tensor = self.mlp(time_features(time).to(self.get_parameter("mlp.0.weight").dtype))
         return embedding
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from flowdistill.architectures import Architecture, arguments
 from flowdistill.conventions import Convention
@@ -45,8 +45,8 @@ class Reflow(OnPairs):
     )
     convention: Convention | None = Field(
         None,
-        description="what the fresh `network` is fed and what its output means; left out, canonical "
-        "velocity. A network that is not fresh keeps its own",
+        description="what the student is fed and what its output means; left out, canonical velocity for a "
+        "fresh `network`, and else that of `init`, whose weights another makes a mere start",
     )
     timesteps: Timesteps = UShaped()
     loss: Loss = LpipsHuber()
@@ -56,12 +56,6 @@ class Reflow(OnPairs):
         lt=1,
         description="share of samples whose label is withheld, so that the student can be guided",
     )
-
-    @model_validator(mode="after")
-    def _described(self) -> Reflow:
-        if self.convention and not self.network:
-            raise ValueError("convention: only a fresh network can be given one; describe it with `network`")
-        return self
 
     @property
     def losses(self) -> Mapping[str, Loss]:
@@ -91,7 +85,7 @@ class Reflow(OnPairs):
             changes["convention"] = self.convention
         student = teachers.new(students.card(start.card, work, **changes))
         if self.network is None:
-            student.network.load_state_dict(start.network.state_dict())
+            student.weights.load_state_dict(start.weights.state_dict())
         return self._labelled(work, student)
 
     def _labelled(self, work: Work, student: Model) -> Model:

@@ -189,10 +189,8 @@ class _Trainer:
         shown = dict(zip(means, shared, strict=True)) | {"grad_norm": float(norm.detach())}
         if self._finite(shown):
             self.optimizer.step()
-        elif (
-            self.accelerator.scaler
-        ):  # the gradient was unscaled for its norm, and it has to know the end of it
-            self.accelerator.scaler.update()
+        elif self.accelerator.scaler:
+            self.accelerator.scaler.update()  # it has unscaled this gradient, and waits for its end
         self.optimizer.zero_grad(set_to_none=True)
         return shown, summed[len(means) :].reshape(by_time.shape)
 
