@@ -39,6 +39,23 @@ class Counting:
         return self.field(x, t, None if self.labels is None else self.labels[numbers])
 
 
+def full_covariances(weights: Tensor, means: Tensor, covariances: Tensor) -> VelocityField:
+    """The velocity of a mixture of K Gaussians in d dimensions: [K], [K, d], [K, d, d]."""
+    eye = torch.eye(means.shape[1], dtype=means.dtype)
+
+    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        t = t[:, None]
+        spread = t[..., None, None] ** 2 * eye + (1 - t[..., None, None]) ** 2 * covariances
+        offset = x[:, None] - (1 - t[..., None]) * means
+        score = -torch.linalg.solve(spread, offset[..., None])[..., 0]
+        density = weights.log() - spread.logdet() / 2 + (offset * score).sum(2) / 2
+        x0 = means - (1 - t[..., None]) * (covariances @ score[..., None])[..., 0]
+        eps = -t[..., None] * score
+        return (density.softmax(1)[..., None] * (eps - x0)).sum(1)
+
+    return field
+
+
 def narrow() -> Mixture:
     """Stiff towards the first component, easy towards the second."""
     means = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
@@ -100,18 +117,7 @@ def test_the_reference_of_an_eighth_order_method() -> None:
         name: torch.tensor(value, dtype=torch.float64)
         for name, value in json.loads((FIXTURES / "mixture_flow_2d.json").read_text()).items()
     }
-    means, eye = case["means"], torch.eye(2, dtype=torch.float64)
-
-    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        t = t[:, None]
-        spread = t[..., None, None] ** 2 * eye + (1 - t[..., None, None]) ** 2 * case["covariances"]
-        offset = x[:, None] - (1 - t[..., None]) * means
-        score = -torch.linalg.solve(spread, offset[..., None])[..., 0]
-        density = case["weights"].log() - spread.logdet() / 2 + (offset * score).sum(2) / 2
-        x0 = means - (1 - t[..., None]) * (case["covariances"] @ score[..., None])[..., 0]
-        eps = -t[..., None] * score
-        return (density.softmax(1)[..., None] * (eps - x0)).sum(1)
-
+    field = full_covariances(case["weights"], case["means"], case["covariances"])
     found, _ = integrate_adaptive(field, case["noise"], 1e-10, 1e-11)
     torch.testing.assert_close(found, case["reference"], rtol=0, atol=2e-9)
     rough, _ = integrate_adaptive(field, case["noise"].float(), 1e-4, 1e-5)

@@ -74,7 +74,9 @@ def test_any_solver_takes_times(shell: Shell, name: Any) -> None:
     ("--times 1,0 --nfe 1", "--times: says which steps there are; leave out --nfe and --schedule"),
     ("--times 1,0 --schedule x.json", "--times: says which steps there are; leave out --nfe and --schedule"),
     ("--times 1,0 --solver huen", "--solver: unknown solver 'huen', did you mean 'heun'? (euler, heun, "
-     "midpoint, rk4, rf-solver, reinterpolate, reinterpolate-heun)"),
+     "midpoint, rk4, rf-solver, ab2, midpoint-cached, fireflow, pec, dpm++2m, reinterpolate, "
+     "reinterpolate-heun)"),
+    ("--solver pec --nfe 1", "solver pec cannot make exactly 1 evaluations: 2 would do"),
     ("--solver reinterpolate-heun --nfe 4", "solver reinterpolate-heun cannot make exactly 4 evaluations: "
      "3 or 5 would do"),
 ])  # fmt: skip
@@ -233,7 +235,8 @@ def test_samples_that_cannot_be_drawn_are_inverted_without_a_picture(shell: Shel
     ("analytic:gaussian --invert bare.npz --labels 0", "--labels: this model has no classes"),
     ("analytic:gaussian --invert bare.npz --labels null", "--labels: this model has no classes"),
     ("analytic:gaussian --invert bare.npz --solver reinterpolate", "solver reinterpolate has no way from "
-     "data to noise; those that have one are euler, heun, midpoint, rk4, rf-solver"),
+     "data to noise; those that have one are euler, heun, midpoint, rk4, rf-solver, ab2, midpoint-cached, "
+     "fireflow, pec, dpm++2m"),
 ])  # fmt: skip
 def test_what_cannot_be_inverted_is_refused(shell: Shell, arguments: str, message: str) -> None:
     x0 = np.zeros((9, 2), np.float32)

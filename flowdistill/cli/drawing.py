@@ -32,7 +32,8 @@ def sample(
         typer.Option(
             "--solver",
             metavar="NAME",
-            help="euler (if left out), heun, midpoint (rf-solver), rk4, reinterpolate, reinterpolate-heun",
+            help="euler (if left out), heun, midpoint (rf-solver), rk4, ab2, midpoint-cached (fireflow), "
+            "pec, dpm++2m, reinterpolate, reinterpolate-heun",
         ),
     ] = None,
     schedule: Annotated[

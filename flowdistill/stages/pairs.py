@@ -74,7 +74,9 @@ class Pairs(Stage):
         None, gt=0, description="number of pairs; left out, 20000, or as many as the data have"
     )
     solver: Literal[OdeSolver, "rk45"] = Field(
-        "heun", description="rf-solver is midpoint; rk45 chooses the steps of each sample itself"
+        "heun",
+        description="rf-solver is midpoint, fireflow midpoint-cached; rk45 chooses the steps of each sample "
+        "itself",
     )
     steps: int = Field(18, gt=0, description="steps of the solver; heun makes 2 steps - 1 evaluations")
     schedule: Grid = Field("uniform", description="times of the steps; edm is for EDM's teachers")
