@@ -15,6 +15,9 @@ from flowdistill.errors import ArtifactError, UsageError
 if TYPE_CHECKING:
     from flowdistill.probing import Report
 
+_PAIRS = ("rfpp", "npy")
+_SCHEDULES = ("diffusers", "comfyui", "sigmas")
+
 
 def import_(
     source: Annotated[
@@ -114,15 +117,23 @@ def export(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="folder of a store of pairs, or of a training", show_default=False
+            metavar="SRC",
+            help="folder of a store of pairs or of a training, or a schedule",
+            show_default=False,
         ),
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DEST", help="a new folder, or a new model's file", show_default=False)
+        Path,
+        typer.Argument(metavar="DEST", help="a new folder or file, as --as wants it", show_default=False),
     ],
     form: Annotated[
         str | None,
-        typer.Option("--as", metavar="FORMAT", help="of pairs: rfpp (rf++) or npy (RectifiedFlow, SlimFlow)"),
+        typer.Option(
+            "--as",
+            metavar="FORMAT",
+            help="of pairs: rfpp (rf++) or npy (RectifiedFlow, SlimFlow); "
+            "of a schedule: diffusers, comfyui or sigmas",
+        ),
     ] = None,
     ema: Annotated[
         float | None,
@@ -130,26 +141,45 @@ def export(
             "--ema", metavar="STD", help="of a training with post_hoc: the average of this width, like 0.075"
         ),
     ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option("--shift", metavar="S", help="of --as sigmas: for a scheduler that has this shift"),
+    ] = None,
+    mu: Annotated[
+        float | None,
+        typer.Option(
+            "--mu", metavar="MU", help="of --as sigmas: for one that shifts dynamically, by exp(MU)"
+        ),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write pairs as another toolkit keeps them, or a model of another average than the one that was shipped.
+    """Write pairs or a schedule for other programs, or a model of another average than the shipped one.
 
     Reads a finished store of pairs and writes the folder DEST, which must not be there: for rf++ samples.zip,
-    z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy. With --ema,
-    reads the averages that a training has kept (`post_hoc` in its recipe) and writes the model file DEST.
+    z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy. Of a schedule
+    file of `boss`, diffusers is a folder with a scheduler and the sigmas for it, comfyui the line for the
+    node ManualSigmas, and sigmas a JSON list (docs/export.md). With --ema, reads the averages that a training
+    has kept (`post_hoc` in its recipe) and writes the model file DEST.
 
     \b
     Examples:
       flowdistill export runs/recipe/pairs z-pairs --as npy
-      flowdistill export runs/recipe/reflow student.safetensors --ema 0.075
+      flowdistill export runs/recipe/boss/schedule-nfe4.json four-steps --as diffusers
     """
     if (form is None) == (ema is None):
-        raise UsageError("expected --as FORMAT for pairs, or --ema STD for a training")
-    if ema is None:
-        _export_pairs(source, destination, form, as_json)
+        raise UsageError("expected --as FORMAT for pairs or a schedule, or --ema STD for a training")
+    if form in _SCHEDULES:
+        _export_schedule(source, destination, form, shift, mu, as_json)
+        return
+    shifts = {"--shift": shift, "--mu": mu}
+    if form is None:
+        _refuse_options(shifts, "--ema is for a training")
+        _export_average(source, destination, cast(float, ema), as_json)
     else:
-        _export_average(source, destination, ema, as_json)
+        options.one_of("--as", form, (*_PAIRS, *_SCHEDULES))
+        _refuse_options(shifts, f"--as {form} is for pairs")
+        _export_pairs(source, destination, form, as_json)
 
 
 def _export_average(stage: Path, destination: Path, std: float, as_json: bool) -> None:
@@ -163,17 +193,43 @@ def _export_average(stage: Path, destination: Path, std: float, as_json: bool) -
         console.lines(f"{destination}: {stage} averaged with width {std:g}")
 
 
-def _export_pairs(source: Path, destination: Path, form: str | None, as_json: bool) -> None:
+def _export_pairs(source: Path, destination: Path, form: str, as_json: bool) -> None:
     from flowdistill import console, exchange
     from flowdistill.pairstore import PairStore
 
-    chosen = cast("Literal['rfpp', 'npy']", options.one_of("--as", form, ("rfpp", "npy")))
+    if source.is_file():
+        raise UsageError(
+            f"--as {form}: is for a store of pairs, {source} is a file; "
+            f"those of a schedule are {', '.join(_SCHEDULES)}"
+        )
     store = PairStore.open(source)
-    files = exchange.export_pairs(store, destination, chosen)
+    files = exchange.export_pairs(store, destination, cast("Literal['rfpp', 'npy']", form))
     if as_json:
         options.print_json({"path": str(destination), "format": form, "files": list(map(str, files))})
     else:
         console.lines(f"{destination}: {len(store)} pairs as {form}", *files)
+
+
+def _export_schedule(
+    source: Path, destination: Path, form: str, shift: float | None, mu: float | None, as_json: bool
+) -> None:
+    from flowdistill import console
+    from flowdistill.exchange import schedules
+
+    chosen = cast("Literal['diffusers', 'comfyui', 'sigmas']", form)
+    made = schedules.export_schedule(source, destination, chosen, shift=shift, mu=mu)
+    if as_json:
+        facts = {"files": list(map(str, made.files)), "steps": made.steps, "sigmas": made.sigmas}
+        options.print_json({"path": str(destination), "format": form, **facts, "read_back": made.read_back})
+        return
+    by = f", read back by {made.read_back}" if made.read_back else ""
+    steps = "1 Euler step" if made.steps == 1 else f"{made.steps} Euler steps"
+    shown: dict[str, list[object]] = {
+        "diffusers": [*made.files, "next: docs/export.md shows how a pipeline takes them"],
+        "comfyui": [schedules.comfyui(made.sigmas), "for the node ManualSigmas; the sampler is euler"],
+        "sigmas": ["next: pipe(..., sigmas=...), as in docs/export.md"],
+    }
+    console.lines(f"{destination}: {steps} as {form}{by}", *shown[form])
 
 
 def probe(

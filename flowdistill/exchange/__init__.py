@@ -1,8 +1,10 @@
-"""Pair data sets of other toolkits, to and from stores of ours.
+"""Pair data sets of other toolkits, to and from stores of ours; schedules for other programs.
 
     rfpp     rf++: samples.zip, z.zip and images_labels.csv     there and back; 32 bytes of noise a pair
     npy      RectifiedFlow, SlimFlow: z0.npy, z1.npy, label.npy    there and back
     fastgen  FastGen: KEY.latent.pth and KEY.noise.pth, in .tar shards or folders    there only
+
+Schedules, which only go out, are in `schedules`.
 
 Nothing that a file holds is executed, and no name in an archive is used as a path. Where noise is kept as
 numbers, it has to look like noise.
@@ -22,10 +24,11 @@ from pydantic import JsonValue
 from flowdistill import artifact, hardware
 from flowdistill.errors import MissingInput, UsageError, unknown
 from flowdistill.exchange import fastgen, npy, orientation, rfpp
+from flowdistill.exchange.schedules import export_schedule
 from flowdistill.exchange.sources import Source, describe, fill
 from flowdistill.pairstore import PairSpec, PairStore
 
-__all__ = ["Imported", "export_pairs", "import_pairs", "recognise"]
+__all__ = ["Imported", "export_pairs", "export_schedule", "import_pairs", "recognise"]
 
 _OPENED: dict[str, Callable[[Path], AbstractContextManager[Source]]] = {
     "rfpp": rfpp.opened,
