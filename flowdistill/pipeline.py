@@ -29,6 +29,7 @@ from flowdistill.processes import World
 from flowdistill.recipe import Recipe, Reference
 from flowdistill.references import references
 from flowdistill.stages import Stage
+from flowdistill.students import CHOSEN
 from flowdistill.work import Progress, Stop, Work
 
 STARTED = "started.json"
@@ -369,7 +370,7 @@ def seal(stage: Stage, work: Work, seed: int, started: datetime) -> artifact.Man
 def _tidy(folder: Path) -> None:
     """Leave no folder of a stage that was refused before it made anything."""
     with suppress(OSError, UsageError), artifact.lock(folder):
-        if {each.name for each in folder.rglob("*") if each.is_file()} <= {STARTED, ".lock"}:
+        if {each.name for each in folder.rglob("*") if each.is_file()} <= {STARTED, ".lock", CHOSEN}:
             shutil.rmtree(folder)
 
 

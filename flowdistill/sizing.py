@@ -6,10 +6,12 @@ counted on torch's meta device, where nothing is computed; latency is measured.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,7 +122,12 @@ def fitting(
 
 def candidates(architecture: str, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> list[Size]:
     """Networks of the family that are no larger, smallest first; of equal ones the shallower."""
-    family = FAMILIES[architecture]
+    return list(_candidates(architecture, json.dumps(dict(arguments)), tuple(shape)))
+
+
+@lru_cache(maxsize=8)  # large families take their seconds, and are asked for more than once
+def _candidates(architecture: str, described: str, shape: tuple[int, ...]) -> tuple[Size, ...]:
+    family, arguments = FAMILIES[architecture], json.loads(described)
     deepest = networks.argument(architecture, arguments, family.depth)
     tried = (
         scaled(architecture, arguments, eighths / _EIGHTHS, depth)
@@ -129,7 +136,7 @@ def candidates(architecture: str, arguments: Mapping[str, Any], shape: tuple[int
     )
     different = {(each[family.width], each[family.depth]): each for each in tried}
     found = [size for each in different.values() for size in _possible(architecture, each, shape)]
-    return sorted(found, key=lambda size: (size.parameters, size.macs))
+    return tuple(sorted(found, key=lambda size: (size.parameters, size.macs)))
 
 
 def _possible(architecture: str, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> Iterator[Size]:

@@ -85,7 +85,9 @@ class Distill(OnPairs):
     )
     nfe: int = Field(1, gt=0, description="steps that the student is made for")
     schedule: Annotated[str | None, Reference("schedule", optional=True)] = Field(
-        None, description="boss stage whose times for `nfe` are taken in place of uniform ones"
+        None,
+        description="boss stage whose times for `nfe` are taken in place of uniform ones; one with "
+        "choose: boss, since others may be for solvers with memory",
     )
     loss: Loss = SquaredL2()
     two_step: TwoStep | None = None
@@ -156,6 +158,11 @@ class Distill(OnPairs):
         if content["model"] != work.model().digest:
             raise UsageError(
                 f"{work.stage}.schedule: {path} was made for another model; make one for the flow itself"
+            )
+        if content["solver"] != "euler":
+            raise UsageError(
+                f"{work.stage}.schedule: {path} is for the solver {content['solver']}, and the student takes "
+                "Euler steps; make it with choose: boss"
             )
         return Schedule(tuple(content["times"]), "boss")
 

@@ -163,7 +163,9 @@ class SlimFlow(OnPairs):
 
         beta = self.annealing.beta(round(batch.progress * self.steps), self.steps)
         settled = self.settled if beta == 0 else None
-        noise = annealed(batch.eps, batch.draw.normal("fresh noise", tuple(batch.eps.shape[1:])), beta)
+        noise = batch.eps
+        if beta:
+            noise = annealed(noise, batch.draw.normal("fresh noise", tuple(noise.shape[1:])), beta)
         t = batch.times(settled.timesteps if settled else self.timesteps)
         x_t = flow.interpolate(batch.x0, noise, t)
         v_hat = network(x_t, t, batch.labels)
