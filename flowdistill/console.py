@@ -331,6 +331,22 @@ def _evaluation(finished: Finished) -> None:
     table(words, [[row[name] for name in headings] for row in rows])
 
 
+def _choices(found: Sequence[Mapping[str, Any]]) -> None:
+    """What was written for each number of evaluations, of how many, and how much better it is."""
+    rows = []
+    for each in found:
+        choice = each.get("choice")
+        if choice is None:
+            continue
+        written = f"{each['solver']}, {each['schedule']}"
+        judged = [interval(choice["held_out"][name]) for name in ("uniform", "chosen")]
+        said = "better than uniform" if choice["improved"] else "nothing beat uniform"
+        rows.append([str(each["nfe"]), str(len(choice["candidates"])), written, *judged, said])
+    if rows:
+        table(("NFE", "tried", "written", "endpoint error: uniform Euler", "best of them", ""), rows)
+        typer.echo("The errors are those of noises that had no say in the choice.\n")
+
+
 def _schedules(finished: Finished) -> None:
     names = [name for name in finished.manifest.outputs if name.startswith("schedule-")]
     found = [artifact.load_json(finished.folder / name) for name in names]
@@ -345,8 +361,9 @@ def _schedules(finished: Finished) -> None:
     typer.echo(
         "Local cost is what BOSS makes least; the endpoint error (RMS [95 %]) is that of other noises.\n"
     )
+    _choices(found)
     for each in found:
         facts(
-            f"{each['nfe']} steps",
+            f"{each['nfe']} evaluations",
             {key: " ".join(f"{t:.4g}" for t in each[key]) for key in ("times", "sigmas")},
         )

@@ -15,7 +15,7 @@ from flowdistill import artifact
 from flowdistill.errors import ArtifactError, UsageError, unknown
 from flowdistill.pairmaking import INVERT_FROM, beginning_at, check_labels, noised
 from flowdistill.schedule import Schedule, uniform
-from flowdistill.solvers import SOLVERS, Solver, integrate, nfe, steps_for
+from flowdistill.solvers import SOLVERS, Solver, integrate, nfe, recorded, steps_for
 from flowdistill.work import Progress, batches
 
 if TYPE_CHECKING:
@@ -52,6 +52,40 @@ def stepwise(solver: str, evaluations: int) -> Rule:
     return Rule(chosen, uniform(steps_for(chosen, evaluations)))
 
 
+def by_default(model: Model, solver: str | None, evaluations: int | None) -> Rule:
+    """What the model's card says of so many evaluations, or of those it was made for; else uniform steps."""
+    count = evaluations or model.card.nfe or DEFAULT_NFE
+    carried = model.card.schedules.get(str(count))
+    if carried is None or solver is not None:
+        return stepwise(solver or "euler", count)
+    return Rule(*recorded(carried, str(carried["schedule"])))
+
+
+def carry(reference: str, files: Sequence[Path], destination: Path) -> str:
+    """Write the model with these schedules in its card, for all who sample it; returns the file's SHA-256.
+
+    Raises `UsageError` where the file is there already or the model has none of its own, and `ArtifactError`
+    where a schedule is for another model.
+    """
+    from dataclasses import replace
+
+    from flowdistill import teachers
+
+    model = teachers.open_model(reference, "cpu")
+    if destination.exists():
+        raise UsageError(f"{destination}: is there already; name a new file, or remove it")
+    if not any(True for _ in model.network.parameters()):
+        raise UsageError(f"{reference}: has no weights that a file could hold")
+    schedules = dict(model.card.schedules)
+    for file in files:
+        rule = scheduled(file, model, None, None, force=False)
+        content = artifact.load_json(file)
+        kept = {key: content.get(key) for key in ("solver", "schedule", "times", "coefficients")}
+        schedules[str(rule.nfe)] = {**kept, "schedule": content.get("schedule", "boss")}
+    replace(model, card=model.card.model_copy(update={"schedules": schedules})).write(destination, None)
+    return artifact.sha256(destination)
+
+
 def timed(solver: str, text: str) -> Rule:
     """Steps between the times that are listed, as in `1,0.6,0.3,0`."""
     try:
@@ -70,13 +104,7 @@ def scheduled(path: Path, model: Model, solver: str | None, evaluations: int | N
     the solver or number of evaluations that was asked for is not the file's.
     """
     content = artifact.load_json(path)
-    try:
-        rule = Rule(find_solver(content["solver"]), Schedule(tuple(map(float, content["times"])), path.name))
-        made_for = str(content["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: not a schedule, expected a file that `flowdistill boss` wrote"
-        ) from error
+    rule, made_for = Rule(*recorded(content, path.name, path)), str(content.get("model"))
     if made_for != model.digest and not force:
         raise ArtifactError(
             f"{path}: made for another model ({made_for[:12]}…, this one is {model.digest[:12]}…)\n"

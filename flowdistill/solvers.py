@@ -13,11 +13,11 @@ down only, and solve no ODE: see `_reinterpolate`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from flowdistill.errors import UsageError, listed
+from flowdistill.errors import ArtifactError, UsageError, listed
 from flowdistill.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -239,6 +239,25 @@ def multistep(coefficients: Sequence[Sequence[float]]) -> Solver:
         return step
 
     return Solver("multistep", order=0, evaluations=1, last=1, begin=begin, steps=len(table))
+
+
+def recorded(content: Mapping[str, Any], name: str, path: object = None) -> tuple[Solver, Schedule]:
+    """What a schedule file says: a solver, of coefficients where it has them, and its times.
+
+    Raises ArtifactError, which names the file, where it is none.
+    """
+    try:
+        table = content.get("coefficients")
+        solver = SOLVERS[content["solver"]] if table is None else multistep(table)
+        schedule = Schedule(tuple(map(float, content["times"])), name)
+        _check_steps(solver, schedule)
+    except UsageError as error:
+        raise ArtifactError(f"{path or name}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path or name}: not a schedule, expected a file that `flowdistill boss` wrote"
+        ) from error
+    return solver, schedule
 
 
 def integrate(

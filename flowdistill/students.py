@@ -28,6 +28,7 @@ def card(like: Card, work: Work, **changes: Any) -> Card:
         "parents": dict(work.parents),
         "settings": dict(work.settings),
         "nfe": None,
+        "schedules": {},
         "guidance": None,
         "distilled": True,
         "figures": {},

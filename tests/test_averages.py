@@ -197,7 +197,7 @@ def test_export_of_a_kept_width_is_that_one(trained: Path, tmp_path: Path) -> No
         (
             "stage new.safetensors",
             2,
-            "expected --as FORMAT for pairs or a schedule, or --ema STD for a training",
+            "expected --as FORMAT for pairs or a schedule, --ema STD for a training",
         ),
         (
             "stage new.safetensors --as npy --ema 0.07",

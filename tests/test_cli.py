@@ -32,7 +32,7 @@ teacher: {name: analytic:ring, components: 3}
 stages:
   - pairs: {count: 128, solver: heun, steps: 2, batch_size: 64, shard_size: 64}
   - reflow: {steps: 4, batch_size: 8, network: {name: mlp, width: 8, depth: 1}, loss: {name: squared-l2}}
-  - boss: {model: teacher, nfe: [2, 4], grid: 8, trajectories: 8, held_out: 8, batch_size: 8}
+  - boss: {model: teacher, nfe: [2, 4], choose: boss, grid: 8, trajectories: 8, held_out: 16, batch_size: 8}
   - eval: {models: [teacher, reflow], schedule: boss, samples: 64, nfe: [1, 2], latency: false}
 """
 
@@ -112,11 +112,11 @@ OPTIONS = {
     "reflow": f"--procs --prove-resume {STAGE_OPTIONS}",
     "slimflow": f"--procs --prove-resume {STAGE_OPTIONS}",
     "distill": f"--procs --prove-resume {STAGE_OPTIONS}",
-    "boss": f"--model --nfe {STAGE_OPTIONS}",
+    "boss": f"--latency-budget --model --nfe {STAGE_OPTIONS}",
     "eval": STAGE_OPTIONS,
     "sample": f"--count --force --invert --labels --nfe --schedule --solver --times {WORK_OPTIONS}",
     "import": "--card --classes --force --json --preset --swap --verbose --weights -v",
-    "export": "--as --ema --json --mu --shift --verbose -v",
+    "export": "--as --ema --json --mu --schedule --shift --verbose -v",
     "inspect": "--grid --json --verbose -v",
     "probe": "--data --device --json --strict --verbose -v",
     "verify": "--json --quiet --repair --verbose -q -v",
@@ -453,14 +453,14 @@ def test_another_seed_is_another_run(there: Shell) -> None:
 
 
 def test_boss_works_without_a_recipe(shell: Shell) -> None:
-    small = ("-s", "boss.grid=8", "-s", "boss.trajectories=8", "-s", "boss.held_out=8", "-q")
+    small = ("-s", "boss.grid=8", "-s", "boss.trajectories=8", "-s", "boss.held_out=16", "-q")
     answer = shell("boss", "--model", "analytic:ring", "--nfe", "3", "--nfe", "2", *small)
     assert (answer.code, answer.err) == (0, "")
     folder = Path("runs/boss/analytic-ring-nfe-2-3/boss")
     for steps in (2, 3):
         content = artifact.load_json(folder / f"schedule-nfe{steps}.json")
-        assert len(content["times"]) == steps + 1
-        assert f"{steps} steps\n  times   {' '.join(f'{t:.4g}' for t in content['times'])}\n" in answer.out
+        times = " ".join(f"{t:.4g}" for t in content["times"])
+        assert content["nfe"] == steps and f"{steps} evaluations\n  times   {times}\n" in answer.out
         assert f"{content['held_out']['boss']['value']:.3g} [" in answer.out
     other = shell("boss", "--model", "analytic:ring", "--nfe", "4", *small)
     assert other.code == 0, "another number of steps is no conflict with the first"

@@ -20,7 +20,7 @@ stages:
   - pairs: {count: 64, steps: 2, batch_size: 32, shard_size: 32}
   - reflow: {steps: 4, batch_size: 8, network: {name: mlp, width: 8}, loss: {name: squared-l2}}
   - pairs: {name: more, count: 16, steps: 2, model: reflow}
-  - boss: {model: reflow, nfe: [2], grid: 4, trajectories: 8, held_out: 8}
+  - boss: {model: reflow, nfe: [2], grid: 4, trajectories: 8, held_out: 16}
 """
 
 

@@ -22,7 +22,7 @@ RECIPE = """
 teacher: {name: analytic:ring}
 stages:
   - pairs: {count: 320, solver: rk4, steps: 60, batch_size: 16, shard_size: 16, dtype: float32, check: 8}
-  - boss: {model: teacher, nfe: [2], grid: 4, trajectories: 2, held_out: 8}
+  - boss: {model: teacher, nfe: [2], grid: 4, trajectories: 2, held_out: 16}
 """
 SHARDS = 20
 MADE_EACH_TIME = ("manifest.json",)  # its dates and rates

@@ -18,11 +18,11 @@ INSTALL = "python -m venv .venv && . .venv/bin/activate && pip install -c constr
 # The quickstart is the same chain here, on fewer samples; by hand it takes minutes.
 SMALLER = {
     "flowdistill run quickstart": "-s pairs.count=64 -s pairs.steps=2 -s reflow.steps=4 "
-    "-s reflow.batch_size=8 -s boss.grid=8 -s boss.trajectories=8 -s boss.held_out=8 "
+    "-s reflow.batch_size=8 -s boss.grid=8 -s boss.trajectories=8 -s boss.held_out=16 "
     "-s eval.samples=120 -s eval.nfe=[1,2] -s eval.reference.samples=8 -s eval.reference.steps=2 "
     "-s eval.straightness=0 -s eval.latency=false",
     "flowdistill run recipe.yaml": "-s eval.samples=500",
-    "flowdistill boss --nfe 4": "-s boss.grid=20 -s boss.trajectories=16",
+    "flowdistill boss --nfe 4": "-s boss.grid=20 -s boss.trajectories=16 -s boss.held_out=16",
 }
 
 

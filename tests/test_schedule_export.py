@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from flowdistill import artifact, foreign
 from flowdistill.errors import ArtifactError, MissingInput, UsageError
+from flowdistill.evaluation.candidates import Candidate
 from flowdistill.exchange import export_schedule, schedules
 from flowdistill.schedule import Schedule
 from flowdistill.solvers import SOLVERS, integrate
@@ -40,7 +41,8 @@ TIMES = (1.0, 0.83, 0.47, 0.12, 0.0)
 
 def written(folder: Path, times: tuple[float, ...] = TIMES, **changes: Any) -> Path:
     """A schedule file, as the boss stage writes it."""
-    found = boss.describe(Schedule(times, "boss"), open_model("analytic:gaussian"))
+    chosen = Candidate(SOLVERS["euler"], Schedule(times, "boss"))
+    found = boss.schedule_file(chosen, open_model("analytic:gaussian"))
     path = folder / f"schedule-nfe{len(times) - 1}.json"
     artifact.save_json(path, {**found, **changes})
     return path
@@ -247,7 +249,8 @@ def test_from_a_recipe_to_a_pipeline(made: Made, shell: Shell) -> None:
         "pixels": TINY[name]["pixels"],
         "probe": False,  # random weights are no flow
     }
-    chosen = {"model": "teacher", "nfe": [3], "grid": 8, "trajectories": 2, "held_out": 8, "batch_size": 8}
+    chosen = {"nfe": [3], "choose": "boss", "grid": 8, "trajectories": 2, "held_out": 16, "batch_size": 8}
+    chosen |= {"model": "teacher"}
     Path("recipe.yaml").write_text(json.dumps({"teacher": teacher, "stages": [{"boss": chosen}]}))
     assert shell("run", "recipe.yaml", "-q").code == 0
     assert shell("export", "runs/recipe/boss/schedule-nfe3.json", "three", "--as", "diffusers").code == 0
@@ -357,7 +360,7 @@ def test_the_command_says_what_it_wrote(shell: Shell) -> None:
 REFUSED: Mapping[str, tuple[int, str]] = {
     "schedule-nfe4.json new": (
         2,
-        "expected --as FORMAT for pairs or a schedule, or --ema STD for a training",
+        "expected --as FORMAT for pairs or a schedule, ",
     ),
     "schedule-nfe4.json new --as sigmas --ema 0.05": (2, "expected --as FORMAT for pairs or a schedule"),
     "schedule-nfe4.json new --as npy": (2, "--as npy: is for a store of pairs, schedule-nfe4.json is a file"),

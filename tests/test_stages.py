@@ -595,10 +595,12 @@ def test_a_training_without_its_lpips_is_planned_with_a_remark(
 
 # --- boss -----------------------------------------------------------------------------------------
 
+PAPER = {"choose": "boss", "reference": "euler"}
+
 
 def test_the_cost_from_the_gram_matrix_is_the_direct_one(tmp_path: Path) -> None:
     """Streaming in batches of 7, and against the definition of Eq. 5 from the stored trajectory."""
-    stage = make(Boss, grid=12, trajectories=20, batch_size=7, nfe=[3], held_out=8)
+    stage = make(Boss, **PAPER, grid=12, trajectories=20, batch_size=7, nfe=[3], held_out=16)
     given = work(tmp_path, stage, {"model": {"name": "analytic:mixture", "dim": 2}})
     stage.run(given)
     tensors, header = artifact.load_tensors(tmp_path / TENSORS)
@@ -624,7 +626,7 @@ def test_the_cost_from_the_gram_matrix_is_the_direct_one(tmp_path: Path) -> None
 
 
 def test_schedule_files_hold_the_optimal_path_and_its_measurement(tmp_path: Path) -> None:
-    stage = make(Boss, grid=20, trajectories=32, nfe=[1, 4, 20], held_out=64)
+    stage = make(Boss, **PAPER, grid=20, trajectories=32, nfe=[1, 4, 20], held_out=64)
     done = stage.run(work(tmp_path, stage, {"model": {"name": "analytic:ring"}}))
     tensors, _ = artifact.load_tensors(tmp_path / TENSORS)
     cost = tensors["cost"].numpy()
@@ -644,18 +646,21 @@ def test_schedule_files_hold_the_optimal_path_and_its_measurement(tmp_path: Path
 
 
 def test_the_measurement_is_on_noises_that_calibration_has_not_seen(tmp_path: Path) -> None:
-    stage = make(Boss, grid=5, trajectories=10, nfe=[2], held_out=8, batch_size=4)
+    stage = make(Boss, grid=5, trajectories=10, nfe=[2], held_out=17, batch_size=4)
     model = open_model(GAUSSIAN)
     meter = Meter(work(tmp_path, stage, {"model": GAUSSIAN}), 1)
     calibrated = torch.cat([noise for noise, _ in stage._noises(model, meter, 0, 10)])
-    held_out = torch.cat([noise for noise, _ in stage._noises(model, meter, 10, 8)])
+    choosing, judging = (
+        torch.cat([noise for noise, _, _ in half.batches]) for half in stage.halves(model, meter)
+    )
     assert torch.equal(calibrated, randomness.noise(5, range(10), (3,)))
-    assert torch.equal(held_out, randomness.noise(5, range(10, 18), (3,)))
+    assert torch.equal(choosing, randomness.noise(5, range(10, 18), (3,)))
+    assert torch.equal(judging, randomness.noise(5, range(18, 27), (3,)))
 
 
 def test_the_endpoint_error_is_that_of_the_exact_flow(tmp_path: Path) -> None:
     """On a Gaussian the accurate solution is the flow map, so the measured error can be recomputed."""
-    stage = make(Boss, grid=10, trajectories=8, nfe=[2], held_out=16)
+    stage = make(Boss, **PAPER, grid=10, trajectories=8, nfe=[2], held_out=16)
     stage.run(work(tmp_path, stage, {"model": GAUSSIAN}))
     content = artifact.load_json(tmp_path / file_name(2))
     flow, noise = gaussian((3,)), randomness.noise(5, range(8, 24), (3,))

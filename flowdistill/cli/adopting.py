@@ -141,6 +141,14 @@ def export(
             "--ema", metavar="STD", help="of a training with post_hoc: the average of this width, like 0.075"
         ),
     ] = None,
+    carried: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--schedule",
+            metavar="FILE",
+            help="of a model: write it with this schedule in its card, for sample and eval; repeatable",
+        ),
+    ] = None,
     shift: Annotated[
         float | None,
         typer.Option("--shift", metavar="S", help="of --as sigmas: for a scheduler that has this shift"),
@@ -167,8 +175,15 @@ def export(
       flowdistill export runs/recipe/pairs z-pairs --as npy
       flowdistill export runs/recipe/boss/schedule-nfe4.json four-steps --as diffusers
     """
-    if (form is None) == (ema is None):
-        raise UsageError("expected --as FORMAT for pairs or a schedule, or --ema STD for a training")
+    if sum(each is not None for each in (form, ema, carried)) != 1:
+        raise UsageError(
+            "expected --as FORMAT for pairs or a schedule, --ema STD for a training, or --schedule FILE for "
+            "a model"
+        )
+    if carried is not None:
+        _refuse_options({"--shift": shift, "--mu": mu}, "--schedule is for a model")
+        _export_with_schedules(source, destination, carried, as_json)
+        return
     if form in _SCHEDULES:
         _export_schedule(source, destination, form, shift, mu, as_json)
         return
@@ -180,6 +195,16 @@ def export(
         options.one_of("--as", form, (*_PAIRS, *_SCHEDULES))
         _refuse_options(shifts, f"--as {form} is for pairs")
         _export_pairs(source, destination, form, as_json)
+
+
+def _export_with_schedules(model: Path, destination: Path, files: list[Path], as_json: bool) -> None:
+    from flowdistill import console, sampling
+
+    digest = sampling.carry(str(model), files, destination)
+    if as_json:
+        options.print_json({"path": str(destination), "schedules": list(map(str, files)), "sha256": digest})
+    else:
+        console.lines(f"{destination}: {model} with {len(files)} schedules in its card")
 
 
 def _export_average(stage: Path, destination: Path, std: float, as_json: bool) -> None:

@@ -97,7 +97,7 @@ def sample(
     elif schedule is not None:
         rule = sampling.scheduled(schedule, opened, solver, nfe, force)
     else:
-        rule = sampling.stepwise(solver or "euler", nfe or made_for or sampling.DEFAULT_NFE)
+        rule = sampling.by_default(opened, solver, nfe)
     if made_for not in (None, rule.nfe):
         tell(f"warning: {model} was made for {made_for} evaluations, not {rule.nfe}")
     with console.progress(quiet) as show:

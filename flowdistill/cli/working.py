@@ -175,6 +175,14 @@ def boss(
         str | None, typer.Argument(metavar="RECIPE", help=f"{options.RECIPE_HELP}; left out, --model")
     ] = None,
     nfe: NfeList = None,
+    latency_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--latency-budget",
+            metavar="TIME",
+            help="in place of --nfe, without a recipe: as many evaluations as one sample may take, like 20ms",
+        ),
+    ] = None,
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help=f"without a recipe: {options.MODEL_HELP}")
     ] = "builtin:shapes",
@@ -200,6 +208,10 @@ def boss(
       flowdistill boss quickstart --nfe 2 --nfe 6 --out runs/boss-6
     """
     wanted = sorted(set(nfe or ()))
+    if latency_budget is not None:
+        if recipe is not None or wanted:
+            raise UsageError("--latency-budget: is for --model, and in place of --nfe: leave those out")
+        wanted = [_evaluations_within(latency_budget, model, device)]
     if recipe is None:
         target: str | None = "boss"
         label = "-nfe-" + "-".join(map(str, wanted)) if wanted else ""
@@ -214,6 +226,24 @@ def boss(
     _work(
         context.obj, pipeline, target, device, max_time, only=only, fresh=fresh, as_json=as_json, quiet=quiet
     )
+
+
+def _evaluations_within(budget: str, model: str, device: str) -> int:
+    """How many evaluations a sample may take: measured, one sample at a time."""
+    import re
+
+    from flowdistill import hardware, sizing, teachers
+
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s)", budget)
+    if found is None or not float(found[1]):
+        raise UsageError(f"--latency-budget {budget}: expected a time like 20ms or 0.5s")
+    opened = teachers.open_model(model, hardware.resolve(device))
+    once = sizing.latency_ms(opened.network, opened.card.shape, 1, opened.device) * opened.passes
+    milliseconds = float(found[1]) * (1000 if found[2] == "s" else 1)
+    if milliseconds < once:
+        raise UsageError(f"--latency-budget {budget}: one evaluation of {model} takes {once:.3g} ms here")
+    tell(f"{model}: an evaluation takes {once:.3g} ms, so {int(milliseconds / once)} fit into {budget}")
+    return int(milliseconds / once)
 
 
 def evaluate(

@@ -1,39 +1,48 @@
-"""BOSS: the best step sizes for every number of steps, from one calibration.
+"""BOSS: the best step sizes for every number of steps, from one calibration, and what is better still.
 
 Nguyen, Nguyen and Nguyen, "Bellman Optimal Stepsize Straightening of Flow-Matching Models" (arXiv
-2312.16414). Follow the model's own fine Euler trajectory; a jump from knot i to knot j costs
-c_ij = E||x_j - x_i - (t_j - t_i) v_i||^2 (Eq. 5); the path over the knots of least total cost with exactly
-NFE jumps is found by dynamic programming (Eq. 8). The cost of all M (M + 1) / 2 jumps needs the M velocities
-of the trajectory and no more; their mean Gram matrix holds it all.
+2312.16414). Follow the model's own fine trajectory; a jump from knot i to knot j costs c_ij = E||x_j - x_i -
+(t_j - t_i) v_i||^2 (Eq. 5); the path over the knots of least total cost with exactly NFE jumps is found by
+dynamic programming (Eq. 8). The cost of all M (M + 1) / 2 jumps needs the trajectory and no more; the mean
+Gram matrix of its increments and velocities holds it all, and with it the best schedules and coefficients of
+rules with memory.
 
-The paper's cost is local. So every schedule is measured on noises that the calibration has not seen, against
-the accurate solution and beside uniform steps, and the file says what came out.
+The paper's cost is local, and its solver Euler. So for each number of evaluations many solvers and schedules
+are tried on noises that the calibration has not seen, and what is written is the best of them, unless it is
+no better than uniform Euler steps on yet others. `choose: boss` writes the paper's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from flowdistill.errors import Diverged
+from flowdistill.evaluation.candidates import Candidate, calibrated, choose, closed
+from flowdistill.multistep import ab2_cost, ab2_paths
 from flowdistill.recipe import Reference
 from flowdistill.schedule import Schedule, bellman, local_cost, uniform
 from flowdistill.solvers import SOLVERS, integrate, nfe
 from flowdistill.stages import Stage
-from flowdistill.work import Done, Progress, Work, batches
+from flowdistill.work import Done, Progress, Work
+from flowdistill.work import batches as in_batches
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from flowdistill.flow import VelocityField
     from flowdistill.teachers import Model
 
 TENSORS = "boss.safetensors"
 REFERENCE = (SOLVERS["heun"], uniform(32))
 """The accurate solution on the held-out noises: 63 evaluations."""
+LOST = 1e9
+"""Stands for the endpoint error of what is not finite: JSON has no such numbers."""
 
 
 def file_name(nfe: int) -> str:
@@ -55,9 +64,21 @@ class Boss(Stage):
         min_length=1,
         description="numbers of evaluations to write a schedule file for",
     )
+    choose: Literal["best", "boss"] = Field(
+        "best", description="what is written: the best of all candidates, or Euler steps at BOSS's times"
+    )
     grid: int = Field(100, ge=2, le=1000, description="steps of the fine trajectory (K_max in the paper)")
+    reference: Literal["heun", "euler"] = Field(
+        "heun",
+        description="how the fine trajectory is solved: by Heun's rule at every other knot and Hermite's "
+        "cubics between, or by Euler steps at all, as in the paper; both take `grid` evaluations",
+    )
     trajectories: int = Field(64, gt=0, description="noises that the cost is averaged over")
-    held_out: int = Field(32, ge=8, description="further noises that the schedules are measured on")
+    held_out: int = Field(
+        64,
+        ge=16,
+        description="further noises: one half chooses among candidates, the other judges the choice",
+    )
     batch_size: int = Field(32, gt=0, description="noises that are integrated at once")
 
     @model_validator(mode="after")
@@ -72,112 +93,196 @@ class Boss(Stage):
         from flowdistill import artifact
 
         model, fine = work.model(), uniform(self.grid)
-        meter = Meter(
-            work,
-            self.trajectories * self.grid + self.held_out * (nfe(*REFERENCE) + 2 * sum(self.nfe)),
-        )
+        meter = Meter(work, self.evaluations)
         gram = self.gram(model, fine, meter)
         cost = local_cost(gram, fine.times)
         solution = bellman(cost)
         paths = {k: solution.path(k) for k in range(1, self.grid + 1)}
-        schedules = {k: Schedule(tuple(fine.times[i] for i in paths[k]), "boss") for k in self.nfe}
+        best = self.choose == "best"
+        after_ab2 = ab2_paths(cost, ab2_cost(gram, fine.times), max(self.nfe)) if best else {}
+        halves = self.halves(model, meter)
         figures = {}
-        for k, held_out in self.measure(model, schedules, meter).items():
+        for k in self.nfe:
+            boss = Candidate(SOLVERS["euler"], Schedule(tuple(fine.times[i] for i in paths[k]), "boss"))
             even = [round(i * self.grid / k) for i in range(k + 1)]
-            local = {
-                "boss": float(solution.totals[k]),
-                "uniform": float(cost[even[:-1], even[1:]].sum()),
-            }
-            figures[str(k)] = {"local_cost": local, "held_out": held_out}
+            local = {"boss": float(solution.totals[k]), "uniform": float(cost[even[:-1], even[1:]].sum())}
+            compared = {"local_cost": local, "held_out": compare(boss, halves, work.seed)}
+            written = boss
+            if best:
+                named = {"boss": paths[k], "ab2-boss": after_ab2[k]}
+                tried = [*closed(k), *calibrated(gram, fine, named)]
+                verdict = choose(tried, halves[0].errors, halves[1].errors, work.seed)
+                written, compared = verdict.chosen, {**compared, "choice": verdict.facts}
+            figures[str(k)] = {**described(written), **compared}
             used = {"grid": self.grid, "trajectories": self.trajectories, "seed": work.seed}
-            content = {**describe(schedules[k], model), **used, **figures[str(k)]}
+            content = {**schedule_file(written, model), **used, **compared}
             artifact.save_json(work.folder / file_name(k), content)
         arrays = {"gram": gram, "cost": cost, "times": fine.times, "totals": solution.totals[1:]}
         header = {"kind": "schedule", "model": model.digest, "settings": dict(work.settings)}
         _save_arrays(work, arrays | {f"path.{k}": path for k, path in paths.items()}, header)
         return Done((TENSORS, *map(file_name, self.nfe)), {"schedules": figures})
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network for all noises; every candidate takes as many as any other."""
+        half, best = self.held_out // 2, self.choose == "best"
+        chosen = {k: half * (len(list(closed(k))) + 6) + 2 * (self.held_out - half) for k in self.nfe}
+        rows = sum(k * (2 * self.held_out + best * chosen[k]) for k in self.nfe)
+        return self.trajectories * self.grid + self.held_out * nfe(*REFERENCE) + rows
+
     def gram(self, model: Model, fine: Schedule, meter: Meter) -> NDArray[np.float64]:
-        """Mean Gram matrix of increments and velocities [2M, 2M] along the fine Euler trajectories.
+        """Mean Gram matrix of increments and velocities [2M, 2M] along the fine trajectories.
 
         Batches stream through it: memory does not grow with the number of trajectories.
         """
         import torch
 
         total = torch.zeros(2 * self.grid, 2 * self.grid, dtype=torch.float64)
+        solve = by_euler if self.reference == "euler" else by_heun
         for noise, labels in self._noises(model, meter, 0, self.trajectories):
-            states: list[Tensor] = []
-            speeds: list[Tensor] = []
-
-            def keep(i: int, t: float, x: Tensor, v: Tensor) -> None:
-                states.append(x)  # noqa: B023  (both lists live for this one call)
-                speeds.append(v)  # noqa: B023
-                meter.add(len(x))
-
-            end = integrate(model.field, noise, fine, SOLVERS["euler"], labels, keep)
-            basis = torch.cat([torch.stack([*states, end]).diff(dim=0), torch.stack(speeds)])
+            states, speeds = solve(model.field, noise, labels, fine)
+            meter.add(len(noise) * self.grid)
+            basis = torch.cat([states.diff(dim=0), speeds])
             rows = basis.flatten(1).to("cpu", torch.float64)
             total += rows @ rows.T
+        if not total.isfinite().all():
+            raise Diverged("the model's velocity is not finite along its own trajectory: it is of no use")
         gram: NDArray[np.float64] = (total / self.trajectories).numpy()
         return gram
 
-    def measure(
-        self, model: Model, schedules: dict[int, Schedule], meter: Meter
-    ) -> dict[int, dict[str, Any]]:
-        """Endpoint error (RMSE per sample) of every schedule and of uniform steps on held-out noises."""
-        import torch
-
-        from flowdistill.evaluation import metrics
-
-        errors: dict[tuple[int, str], list[Tensor]] = {}
-        for noise, labels in self._noises(model, meter, self.trajectories, self.held_out):
-
-            def end(schedule: Schedule, solver: Any = SOLVERS["euler"]) -> Tensor:
-                x = integrate(model.field, noise, schedule, solver, labels)  # noqa: B023
-                meter.add(len(x) * nfe(solver, schedule))
-                return x
-
-            accurate = end(REFERENCE[1], REFERENCE[0])
-            for k, schedule in schedules.items():
-                for name, candidate in (("boss", schedule), ("uniform", uniform(k))):
-                    error = metrics.endpoint_error(end(candidate), accurate).cpu()
-                    errors.setdefault((k, name), []).append(error)
-        found = {}
-        for k in schedules:
-            boss, even = (torch.cat(errors[k, name]) for name in ("boss", "uniform"))
-            difference = metrics.paired_difference(boss, even, meter.work.seed)
-            found[k] = {
-                "boss": metrics.mean_interval(boss, meter.work.seed).as_dict(),
-                "uniform": metrics.mean_interval(even, meter.work.seed).as_dict(),
-                "difference": difference.as_dict(),
-                "verdict": "better"
-                if difference.high < 0
-                else "worse"
-                if difference.low > 0
-                else "no difference",
-            }
-        return found
+    def halves(self, model: Model, meter: Meter) -> tuple[Half, Half]:
+        """The noises that choose, and those that judge, with their accurate solutions."""
+        solver, steps = REFERENCE[0], REFERENCE[1]
+        half, found = self.held_out // 2, []
+        for first, count in ((self.trajectories, half), (self.trajectories + half, self.held_out - half)):
+            batches = []
+            for noise, labels in self._noises(model, meter, first, count):
+                accurate = integrate(model.field, noise, steps, solver, labels)
+                if not accurate.isfinite().all():
+                    raise Diverged("the model's accurate solution is not finite: it is of no use")
+                meter.add(len(noise) * nfe(solver, steps))
+                batches.append((noise, labels, accurate))
+            found.append(Half(model.field, batches, meter))
+        return found[0], found[1]
 
     def _noises(
         self, model: Model, meter: Meter, first: int, count: int
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         from flowdistill import randomness
 
-        for indices in batches(range(first, first + count), self.batch_size):
+        for indices in in_batches(range(first, first + count), self.batch_size):
             meter.work.stop.check()
             noise = randomness.noise(meter.work.seed, indices, model.card.shape)
             yield noise.to(meter.work.device), model.labels(meter.work.seed, indices)
 
 
-def describe(schedule: Schedule, model: Model) -> dict[str, Any]:
-    """What a schedule file says of the schedule itself and of the model it is for."""
+def by_euler(
+    field: VelocityField, noise: Tensor, labels: Tensor | None, fine: Schedule
+) -> tuple[Tensor, Tensor]:
+    """States [M + 1, B, *shape] and velocities [M, B, *shape] of Euler's steps (the paper's)."""
+    import torch
+
+    states: list[Tensor] = []
+    speeds: list[Tensor] = []
+
+    def keep(i: int, t: float, x: Tensor, v: Tensor) -> None:
+        states.append(x)
+        speeds.append(v)
+
+    end = integrate(field, noise, fine, SOLVERS["euler"], labels, keep)
+    return torch.stack([*states, end]), torch.stack(speeds)
+
+
+def by_heun(
+    field: VelocityField, noise: Tensor, labels: Tensor | None, fine: Schedule
+) -> tuple[Tensor, Tensor]:
+    """The same of Heun's steps at every other knot, and of Hermite's cubics between them.
+
+    A cubic has the states and velocities of both its ends; its slope is the velocity in the middle.
+    """
+    import torch
+
+    nodes = [*fine.times[:-1:2], fine.times[-1]]
+    coarse = Schedule(tuple(nodes), "nodes")
+    states: list[Tensor] = []
+    speeds: list[Tensor] = []
+
+    def keep(i: int, t: float, x: Tensor, v: Tensor) -> None:
+        states.append(x)
+        speeds.append(v)
+
+    end = integrate(field, noise, coarse, SOLVERS["heun"], labels, keep)
+    states.append(end)
+    if fine.steps % 2 == 0:  # an odd grid ends without a middle
+        speeds.append(field(end, end.new_zeros(len(end)), labels).to(end.dtype))
+    dense: list[Tensor] = []
+    slopes: list[Tensor] = []
+    for number, (t, s) in enumerate(coarse.intervals):
+        x, y, v = states[number], states[number + 1], speeds[number]
+        dense, slopes = [*dense, x], [*slopes, v]
+        if 2 * number + 1 < fine.steps:
+            w = speeds[number + 1]
+            dense.append((x + y) / 2 + (s - t) / 8 * (v - w))
+            slopes.append(1.5 * (y - x) / (s - t) - (v + w) / 4)
+    return torch.stack([*dense, end]), torch.stack(slopes)
+
+
+@dataclass(frozen=True)
+class Half:
+    """Noises in batches with their labels and accurate solutions, on which candidates are tried."""
+
+    field: VelocityField
+    batches: list[tuple[Tensor, Tensor | None, Tensor]]
+    meter: Meter
+
+    def errors(self, candidate: Candidate) -> Tensor:
+        """Endpoint error [n], RMSE over the dimensions; `LOST` where a sample is not finite."""
+        import torch
+
+        from flowdistill.evaluation import metrics
+
+        found = []
+        for noise, labels, accurate in self.batches:
+            self.meter.work.stop.check()
+            x = integrate(self.field, noise, candidate.schedule, candidate.solver, labels)
+            self.meter.add(len(x) * nfe(candidate.solver, candidate.schedule))
+            found.append(metrics.endpoint_error(x, accurate).cpu())
+        return torch.cat(found).nan_to_num(nan=LOST, posinf=LOST)
+
+
+def compare(boss: Candidate, halves: tuple[Half, Half], seed: int) -> dict[str, Any]:
+    """BOSS's schedule beside uniform steps, both Euler's, on all held-out noises."""
+    import torch
+
+    from flowdistill.evaluation import metrics
+
+    even = Candidate(SOLVERS["euler"], uniform(boss.schedule.steps))
+    ours, theirs = (torch.cat([half.errors(each) for half in halves]) for each in (boss, even))
+    difference = metrics.paired_difference(ours, theirs, seed)
     return {
-        "nfe": schedule.steps,
-        "solver": "euler",
-        "times": list(schedule.times),
-        "sigmas": schedule.sigmas(),
+        "boss": metrics.mean_interval(ours, seed).as_dict(),
+        "uniform": metrics.mean_interval(theirs, seed).as_dict(),
+        "difference": difference.as_dict(),
+        "verdict": "better" if difference.high < 0 else "worse" if difference.low > 0 else "no difference",
+    }
+
+
+def described(written: Candidate) -> dict[str, Any]:
+    """Which way of sampling it is, by its names."""
+    return {"solver": written.solver.name, "schedule": written.schedule.name}
+
+
+def schedule_file(written: Candidate, model: Model) -> dict[str, Any]:
+    """What a schedule file says of the way of sampling itself and of the model it is for."""
+    guidance = model.card.guidance
+    return {
+        "nfe": nfe(written.solver, written.schedule),
+        **described(written),
+        "times": list(written.schedule.times),
+        "sigmas": written.schedule.sigmas(),
+        "coefficients": written.coefficients,
         "model": model.digest,
-        "guidance": None,
+        "guidance": guidance.model_dump(mode="json") if guidance else None,
     }
 
 

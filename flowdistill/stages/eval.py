@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from flowdistill.errors import ArtifactError, UsageError, unknown
 from flowdistill.recipe import Reference, Settings
 from flowdistill.schedule import Schedule, uniform
-from flowdistill.solvers import SOLVERS, OdeSolver, Solver, SolverName, steps_for
+from flowdistill.solvers import SOLVERS, OdeSolver, Solver, SolverName, nfe, recorded, steps_for
 from flowdistill.stages import Stage
 from flowdistill.work import Done, Work
 
@@ -119,8 +119,8 @@ class Evaluate(Stage):
                 solver = SOLVERS[self.solver]
                 even = uniform(steps_for(solver, evaluations))
                 yield Row(name, model, solver, even)
-                found = chosen.get((model.digest, evaluations))
-                if found is not None and found[1].times != even.times:
+                found = chosen.get((model.digest, evaluations)) or _carried(model, evaluations)
+                if found is not None and (found[0], found[1].times) != (solver, even.times):
                     yield Row(name, model, *found)
 
 
@@ -201,6 +201,12 @@ def _check_same_data(models: Mapping[str, Model]) -> None:
             raise UsageError(f"models of one evaluation must agree in {what}, found {differ}")
 
 
+def _carried(model: Model, evaluations: int) -> tuple[Solver, Schedule] | None:
+    """What the model's own card says of so many evaluations."""
+    carried = model.card.schedules.get(str(evaluations))
+    return None if carried is None else recorded(carried, str(carried["schedule"]))
+
+
 def _schedules(work: Work, models: Mapping[str, Model]) -> dict[tuple[str, int], tuple[Solver, Schedule]]:
     """(digest of the model, evaluations) -> what the boss stage chose for it."""
     from flowdistill import artifact
@@ -211,8 +217,8 @@ def _schedules(work: Work, models: Mapping[str, Model]) -> dict[tuple[str, int],
     found = {}
     for path in sorted(Path(folder).glob("schedule-nfe*.json")):
         content = artifact.load_json(path)
-        schedule = Schedule(tuple(content["times"]), "boss")
-        found[content["model"], content["nfe"]] = SOLVERS[content["solver"]], schedule
+        rule = recorded(content, content.get("schedule", "boss"), path)
+        found[str(content.get("model")), nfe(*rule)] = rule
     digests = {model.digest for model in models.values()}
     if not any(digest in digests for digest, _ in found):
         raise ArtifactError(

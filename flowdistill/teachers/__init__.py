@@ -73,6 +73,11 @@ class Model:
         return velocity
 
     @property
+    def passes(self) -> int:
+        """Times that the network is called for one evaluation of the field."""
+        return 2 if self.card.guidance is not None and self.card.guidance.needs_null else 1
+
+    @property
     def weights(self) -> nn.Module:
         """The network under its maker's names, without what makes it canonical."""
         from flowdistill.teachers.canonical import Canonical

@@ -101,6 +101,10 @@ class Card(Reading):
     shape: tuple[int, ...] = Field(description="shape of one sample, [C, H, W] for images")
     classes: int = Field(0, ge=0, description="number of classes; 0 is unconditional")
     nfe: int | None = Field(None, description="number of evaluations that the model was trained for")
+    schedules: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="number of evaluations -> solver, times and coefficients that `boss` chose for it",
+    )
     parents: dict[str, str] = Field(
         default_factory=dict, description="SHA-256 of the artifacts it was made from"
     )

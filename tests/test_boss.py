@@ -1,0 +1,399 @@
+"""The stage that tries many ways to sample: its trajectories, its choice, its files and their readers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.interpolate import CubicHermiteSpline
+from test_cli import Shell
+from test_evaluate import evaluate, noises
+from test_stages import GAUSSIAN, Straight, make, work
+from torch import Tensor
+
+from flowdistill import artifact, networks
+from flowdistill.analytic import gaussian
+from flowdistill.errors import ArtifactError, Diverged
+from flowdistill.evaluation import metrics
+from flowdistill.flow import VelocityField
+from flowdistill.multistep import fitted
+from flowdistill.randomness import noise
+from flowdistill.schedule import Schedule, uniform
+from flowdistill.solvers import SOLVERS, Solver, integrate, multistep
+from flowdistill.stages import boss
+from flowdistill.stages.boss import TENSORS, Boss, Meter, by_euler, by_heun, file_name
+from flowdistill.teachers import Card, Model, open_model
+from flowdistill.work import Progress, Work
+
+SMALL = {"grid": 20, "trajectories": 32, "held_out": 32}
+TINY = ("-s", "boss.grid=8", "-s", "boss.trajectories=4", "-s", "boss.held_out=16")
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    return Shell(capsys)
+
+
+# The fine trajectory ---------------------------------------------------------------------------------------
+
+
+def exact(eps: Tensor, t: float) -> Tensor:
+    """Where the Gaussian's flow is at t."""
+    flow = gaussian((2,))
+    return (1 - t) * flow.means[0] + (((1 - t) * flow.stds[0]) ** 2 + t**2).sqrt() * eps
+
+
+EPS = noise(0, range(16), (2,)).double()
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 11])
+def test_between_heuns_steps_lie_hermites_cubics(steps: int) -> None:
+    """As many evaluations as Euler's steps take, all of them at the nodes."""
+    asked: list[float] = []
+
+    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        asked.append(round(float(t[0]), 9))
+        found: Tensor = gaussian((2,))(x, t)
+        return found
+
+    fine = uniform(steps)
+    states, speeds = by_heun(field, EPS, None, fine)
+    assert states.shape == (steps + 1, 16, 2) and speeds.shape == (steps, 16, 2)
+    nodes = [i for i in range(steps + 1) if i % 2 == 0 or i == steps]
+    assert len(asked) == steps and set(asked) <= {round(fine.times[i], 9) for i in nodes}
+    seen: list[Tensor] = []
+    coarse = Schedule(tuple(fine.times[i] for i in nodes), "nodes")
+    seen.append(integrate(field, EPS, coarse, SOLVERS["heun"], None, lambda i, t, x, v: seen.append(x)))
+    torch.testing.assert_close(states[nodes], torch.stack(seen), rtol=0, atol=0)
+    slopes = torch.stack([field(states[i], EPS.new_full((16,), fine.times[i]), None) for i in nodes])
+    torch.testing.assert_close(speeds[nodes[:-1]], slopes[:-1], rtol=0, atol=0)
+    upwards = [fine.times[i] for i in nodes][::-1]
+    cubic = CubicHermiteSpline(upwards, states[nodes].flip(0), slopes.flip(0))
+    for i in range(1, steps, 2):
+        assert torch.from_numpy(cubic(fine.times[i])).sub(states[i]).abs().max() < 1e-12
+        assert torch.from_numpy(cubic(fine.times[i], 1)).sub(speeds[i]).abs().max() < 1e-11
+
+
+def test_the_cubics_are_of_fourth_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At nodes that are exact; half the distance makes a sixteenth of the error, of states and velocities."""
+
+    def perfect(
+        field: VelocityField, x: Tensor, schedule: Schedule, solver: Solver, y: Any, keep: Any
+    ) -> Any:
+        for i, t in enumerate(schedule.times[:-1]):
+            keep(i, t, exact(x, t), field(exact(x, t), x.new_full((len(x),), t), y))
+        return exact(x, 0.0)
+
+    monkeypatch.setattr(boss, "integrate", perfect)
+    flow, errors = gaussian((2,)), []
+    for steps in (20, 40):
+        times = uniform(steps).times
+        states, speeds = by_heun(flow, EPS, None, uniform(steps))
+        truth = [exact(EPS, t) for t in times]
+        slopes = [flow(x, x.new_full((16,), t)) for x, t in zip(truth, times[:-1], strict=False)]
+        found = (states - torch.stack(truth), speeds - torch.stack(slopes))
+        errors.append(torch.tensor([float(each.abs().max()) for each in found]))
+    assert ((errors[0] / errors[1] > 12) & (errors[0] / errors[1] < 20)).all()
+    assert errors[1].max() < 1e-3
+
+
+def test_heuns_trajectory_is_nearer_to_the_flow_than_eulers() -> None:
+    flow, fine = gaussian((2,)), uniform(20)
+    truth = torch.stack([exact(EPS, t) for t in fine.times])
+    heun, euler = (
+        float((solve(flow, EPS, None, fine)[0] - truth).square().mean().sqrt())
+        for solve in (by_heun, by_euler)
+    )
+    assert heun < euler / 4
+
+
+# What is not finite ----------------------------------------------------------------------------------------
+
+
+def broken(path: Path) -> str:
+    """A network whose answers are too large for numbers; NaN itself no file would hold."""
+    network = networks.build("mlp", {"shape": [2], "width": 8})
+    weights = {name: torch.full_like(value, 1e30) for name, value in network.state_dict().items()}
+    Card(architecture="mlp", arguments={"shape": [2], "width": 8}, shape=(2,)).write(path, weights)
+    return str(path)
+
+
+@pytest.mark.parametrize("choice", ["best", "boss"])
+def test_a_model_without_numbers_ends_in_one_line_and_without_files(shell: Shell, choice: str) -> None:
+    answer = shell(
+        "boss", "--model", broken(Path("large.safetensors")), "-q", *TINY, "-s", f"boss.choose={choice}"
+    )
+    assert answer.code == 6 and len(answer.err.splitlines()) == 1
+    assert "velocity is not finite along its own trajectory" in answer.err
+    assert not [path for path in Path("runs").rglob("*") if path.name in (TENSORS, "manifest.json")]
+    assert not list(Path("runs").rglob("schedule-*"))
+
+
+def at_times(*lost: float) -> VelocityField:
+    """The Gaussian's field, NaN near some times."""
+    flow = gaussian((3,))
+
+    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        found: Tensor = flow(x, t)
+        return found * torch.nan if any(abs(float(t[0]) - each) < 1e-6 for each in lost) else found
+
+    return field
+
+
+def test_a_solution_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calibration's knots are others than the accurate solution's."""
+    stage = make(Boss, grid=5, nfe=[2], held_out=16)
+    monkeypatch.setattr(Model, "field", property(lambda self: at_times(31 / 32)))
+    given = work(tmp_path, stage, {"model": GAUSSIAN})
+    stage.gram(given.model(), uniform(5), Meter(given, 1))
+    with pytest.raises(Diverged, match="accurate solution is not finite"):
+        stage.halves(given.model(), Meter(given, 1))
+
+
+def test_a_candidate_that_is_lost_only_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps meet the time at which this model answers with NaN where they are uniform or shifted so."""
+    shifted = 2 * 1.25 / (1.25 * 2 + 1)
+    monkeypatch.setattr(Model, "field", property(lambda self: at_times(shifted)))
+    stage = make(Boss, grid=20, nfe=[3], trajectories=8, held_out=32)
+    stage.run(work(tmp_path, stage, {"model": GAUSSIAN}))
+    table = artifact.load_json(tmp_path / file_name(3))["choice"]["candidates"]
+    values = {row["name"]: row["value"] for row in table}
+    assert {name for name, value in values.items() if value == boss.LOST} == {
+        f"{solver}, shifted-1.25" for solver in ("euler", "ab2", "dpm++2m")
+    }
+
+
+# The choice and its file -----------------------------------------------------------------------------------
+
+
+def run(folder: Path, model: Any, **settings: Any) -> tuple[dict[int, dict[str, Any]], list[Progress]]:
+    stage = make(Boss, **{**SMALL, **settings})
+    seen: list[Progress] = []
+    done = stage.run(replace(work(folder, stage, {"model": model}), report=seen.append))
+    assert (
+        set(done.outputs) == {path.name for path in folder.iterdir()} == {TENSORS, *map(file_name, stage.nfe)}
+    )
+    found = {k: artifact.load_json(folder / file_name(k)) for k in stage.nfe}
+    for k, content in found.items():
+        figures = done.figures["schedules"][str(k)]
+        assert json.loads(json.dumps(figures)).items() <= content.items()
+    return found, seen
+
+
+@pytest.mark.parametrize("choice", ["best", "boss"])
+@pytest.mark.parametrize("reference", ["heun", "euler"])
+def test_the_evaluations_are_counted_beforehand(choice: str, reference: str, tmp_path: Path) -> None:
+    _, seen = run(tmp_path, GAUSSIAN, nfe=[1, 2, 3], choose=choice, reference=reference, grid=9, held_out=17)
+    assert seen[-1].done == seen[-1].total
+    assert [each.done for each in seen] == sorted(each.done for each in seen)
+
+
+def test_a_file_says_how_to_sample_and_why(tmp_path: Path) -> None:
+    ring = {"name": "analytic:ring"}
+    found, _ = run(tmp_path, ring, nfe=[1, 4])
+    gram = artifact.load_tensors(tmp_path / TENSORS)[0]["gram"].numpy()
+    for k, content in found.items():
+        assert content["nfe"] == k and content["model"] == open_model(ring).digest
+        assert content["guidance"] is None
+        assert (content["grid"], content["trajectories"], content["seed"]) == (20, 32, 5)
+        assert content["times"][0] == 1.0 and content["times"][-1] == 0.0
+        assert content["sigmas"] == content["times"][:-1]
+        assert content["local_cost"]["boss"] <= content["local_cost"]["uniform"] * (1 + 1e-9)
+        choice = content["choice"]
+        assert len({row["name"] for row in choice["candidates"]}) == len(choice["candidates"]) > 8
+        values = [row["value"] for row in choice["candidates"]]
+        assert (
+            values == sorted(values)
+            and choice["candidates"][0]["value"] <= content["held_out"]["uniform"]["high"]
+        )
+        written = f"{content['solver']}, {content['schedule']}"
+        assert written == (choice["best"] if choice["improved"] else "euler, uniform")
+        table = content["coefficients"]
+        assert (table is not None) == (content["solver"] == "multistep")
+        if table is not None:
+            knots = [uniform(20).times.index(t) for t in content["times"]]
+            assert table == [list(row) for row in fitted(gram, uniform(20).times, knots)]
+    assert found[4]["choice"]["improved"], "Euler's four steps are no match"
+    judged = found[4]["choice"]["held_out"]
+    assert judged["chosen"]["high"] < judged["uniform"]["low"]
+
+
+def test_what_is_said_of_the_choice_is_so(tmp_path: Path) -> None:
+    """The errors on the judging half can be recomputed, by the exact flow of a Gaussian."""
+    found, _ = run(tmp_path, GAUSSIAN, nfe=[6])
+    content, flow, eps = found[6], gaussian((3,)), noise(5, range(48, 64), (3,))
+    grid = Schedule(tuple(content["times"]), "read")
+    table = content["coefficients"]
+    chosen = SOLVERS[content["solver"]] if table is None else multistep(table)
+    for name, solver, schedule in (("uniform", SOLVERS["euler"], uniform(6)), ("chosen", chosen, grid)):
+        error = metrics.endpoint_error(integrate(flow, eps, schedule, solver), flow.flow_map(eps)).mean()
+        assert content["choice"]["held_out"][name]["value"] == pytest.approx(float(error), rel=0.05, abs=1e-3)
+
+
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
+    settings = {"nfe": [2, 3], "held_out": 16, "trajectories": 8}
+    for name in ("one", "other"):
+        run(tmp_path / name, GAUSSIAN, **settings)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+    stage = make(Boss, **{**SMALL, **settings})
+    stage.run(replace(work(tmp_path / "third", stage, {"model": GAUSSIAN}), seed=6))
+    assert (tmp_path / "third" / TENSORS).read_bytes() != (tmp_path / "one" / TENSORS).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["still", "reflowed"])
+def test_nothing_beats_uniform_steps_where_paths_are_straight(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a student at rest, and of the reflow optimum, where one step is exact but for rounding."""
+    network = Straight(gaussian((3,)))
+    if kind == "still":
+        network.std, network.mean = torch.ones(3), torch.zeros(3)
+    model = replace(open_model(GAUSSIAN), network=network)
+    monkeypatch.setattr(Work, "model", lambda self: model)
+    found, _ = run(tmp_path, GAUSSIAN, nfe=[1, 2, 4])
+    for k, content in found.items():
+        assert (content["solver"], content["schedule"]) == ("euler", "uniform")
+        assert content["times"] == list(uniform(k).times) and content["coefficients"] is None
+        assert not content["choice"]["improved"]
+
+
+# Those who read it -----------------------------------------------------------------------------------------
+
+TIMES = [1.0, 0.7, 0.3, 0.0]
+TABLE = [[-0.25], [0.1, -0.5], [0.05, 0.1, -0.5]]
+RULES: dict[str, dict[str, Any]] = {
+    "ab2": {"solver": "ab2", "schedule": "ab2-boss", "times": TIMES, "coefficients": None},
+    "heun": {"solver": "heun", "schedule": "uniform", "times": [1.0, 0.5, 0.0], "coefficients": None},
+    "multistep": {"solver": "multistep", "schedule": "boss", "times": TIMES, "coefficients": TABLE},
+}
+SOLVER_OF = {**SOLVERS, "multistep": multistep(TABLE)}
+TWO = {"name": "analytic:gaussian", "dim": 2}
+
+
+def written(folder: Path, model: str, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / file_name(3)
+    artifact.save_json(path, {"nfe": 3, "model": model, **changes})
+    return path
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_sample_and_eval_take_the_rule_of_the_file(name: Any, shell: Shell) -> None:
+    model, solver = open_model(TWO), SOLVER_OF[name]
+    path = written(Path("boss"), model.digest, **RULES[name])
+    grid = Schedule(tuple(RULES[name]["times"]), "read")
+    answer = shell("sample", "analytic:gaussian", "--schedule", path, "--count", "9", "--json", "-q")
+    assert answer.code == 0 and (answer.json["solver"], answer.json["nfe"]) == (name, 3)
+    found = artifact.load_tensors(Path("runs/samples/samples.safetensors"))[0]["samples"]
+    assert torch.equal(found, integrate(model.field, noise(0, range(9), (2,)), grid, solver))
+    assert not torch.equal(found, integrate(model.field, noise(0, range(9), (2,)), grid, SOLVERS["euler"]))
+
+    measured = evaluate(Path("eval"), {"teacher": TWO}, Path("boss"), nfe=[3])
+    label = {"ab2": "ab2-boss-ab2", "heun": "heun", "multistep": "boss-multistep"}[name]
+    assert list(measured.rows) == ["teacher-3", f"teacher-3-{label}"]
+    row = measured.rows[f"teacher-3-{label}"]
+    assert (row["solver"], row["nfe"], row["times"]) == (name, 3, RULES[name]["times"])
+    eps = noises(512).float()
+    expected = metrics.endpoint_error(
+        integrate(model.field, eps, grid, solver),
+        integrate(model.field, eps, uniform(32), SOLVERS["heun"]),
+    )
+    torch.testing.assert_close(measured.tensors[f"teacher-3-{label}.endpoint_error"], expected)
+
+
+def test_uniform_euler_steps_are_not_measured_twice(tmp_path: Path) -> None:
+    even = {"solver": "euler", "schedule": "uniform", "times": list(uniform(3).times), "coefficients": None}
+    written(tmp_path / "boss", open_model(TWO).digest, **even)
+    assert list(evaluate(tmp_path / "eval", {"teacher": TWO}, tmp_path / "boss", nfe=[3]).rows) == [
+        "teacher-3"
+    ]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "rows": ({"coefficients": TABLE[:2]}, "its coefficients are for 2 steps, schedule '.*' has 3"),
+    "shape": (
+        {"coefficients": [[1.0], [1.0], [1.0]]},
+        r"rows must have 1, 2, 3, \.\.\. numbers, found 1, 1, 1",
+    ),
+    "words": ({"coefficients": [["a"], ["b", "c"], ["d", "e", "f"]]}, "not a schedule, expected a file"),
+    "number": ({"coefficients": 3}, "not a schedule, expected a file"),
+    "none": ({"coefficients": None}, "not a schedule, expected a file"),
+    "solver": ({"coefficients": None, "solver": "new"}, "not a schedule, expected a file"),
+    "times": ({"times": [0.0, 0.3, 0.7, 1.0]}, "times must fall strictly from 1 to 0"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_file_that_is_no_rule_is_refused(what: str, shell: Shell) -> None:
+    changes, message = WRONG[what]
+    path = written(Path("boss"), open_model(TWO).digest, **{**RULES["multistep"], **changes})
+    for force in ((), ("--force",)):
+        answer = shell("sample", "analytic:gaussian", "--schedule", path, "-q", *force)
+        assert answer.code == 4 and answer.err.startswith(f"error: {path}: ")
+        with pytest.raises(ArtifactError, match=message) as refused:
+            evaluate(Path("eval"), {"teacher": TWO}, Path("boss"), nfe=[3])
+        assert str(refused.value).splitlines()[0] in answer.err or what == "rows" or what == "times"
+
+
+def test_a_rule_serves_the_model_it_was_fitted_to(shell: Shell) -> None:
+    path = written(Path("boss"), "0" * 64, **RULES["multistep"])
+    refused = shell("sample", "analytic:gaussian", "--schedule", path, "-q")
+    assert refused.code == 4 and "made for another model (000000000000" in refused.err
+    with pytest.raises(ArtifactError, match="no schedule for teacher"):
+        evaluate(Path("eval"), {"teacher": TWO}, Path("boss"), nfe=[3])
+    forced = shell(
+        "sample", "analytic:gaussian", "--schedule", path, "--count", "4", "-q", "--json", "--force"
+    )
+    assert (forced.code, forced.json["nfe"]) == (0, 3)
+    for conflict in (("--nfe", "4"), ("--solver", "ab2")):
+        answer = shell("sample", "analytic:gaussian", "--schedule", path, "-q", "--force", *conflict)
+        assert answer.code == 2 and " ".join(conflict) in answer.err
+    up = shell(
+        "sample",
+        "analytic:gaussian",
+        "--schedule",
+        path,
+        "-q",
+        "--force",
+        "--invert",
+        "runs/samples/samples.safetensors",
+    )
+    assert up.code == 2 and "multistep has no way from data to noise" in up.err
+
+
+# The command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_chooses_and_sample_follows(shell: Shell) -> None:
+    answer = shell("boss", "--nfe", "4", "-q", *TINY)
+    assert (answer.code, answer.err) == (0, "")
+    (path,) = Path("runs/boss").rglob(file_name(4))
+    content = artifact.load_json(path)
+    choice = content["choice"]
+    written = f"{content['solver']}, {content['schedule']}"
+    (line,) = [line for line in answer.out.splitlines() if "uniform" in line and written in line]
+    said = "better than uniform" if choice["improved"] else "nothing beat uniform"
+    assert line.split()[:2] == ["4", str(len(choice["candidates"]))] and line.rstrip().endswith(said)
+    assert f"4 evaluations\n  times   {' '.join(f'{t:.4g}' for t in content['times'])}\n" in answer.out
+    assert choice["improved"], "four of Euler's steps are far from this teacher's solution"
+    drawn = shell("sample", "--schedule", path, "--count", "2", "--json", "-q")
+    assert drawn.code == 0 and (drawn.json["solver"], drawn.json["nfe"]) == (content["solver"], 4)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--nfe", "0"), "--nfe"),
+    (("--nfe", "9"), "nfe 9 is more than the 8 steps of the grid; raise `grid`"),
+    (("-s", "boss.held_out=15"), "boss.held_out"),
+    (("-s", "boss.choose=worst"), "boss.choose"),
+    (("-s", "boss.reference=rk4"), "boss.reference"),
+])  # fmt: skip
+def test_the_command_refuses_in_one_line(arguments: tuple[str, ...], message: str, shell: Shell) -> None:
+    answer = shell("boss", "-q", *TINY, *arguments)
+    assert answer.code == 2 and message in answer.err and not Path("runs").exists()
+    assert len(answer.err.splitlines()) == 1 or arguments == ("--nfe", "0")
