@@ -202,7 +202,7 @@ def test_export_of_a_kept_width_is_that_one(trained: Path, tmp_path: Path) -> No
         (
             "stage new.safetensors --as npy --ema 0.07",
             2,
-            "expected --as FORMAT for pairs or a schedule, or --ema STD",
+            "expected --as FORMAT for pairs or a schedule, --ema STD",
         ),
         (
             "stage new.safetensors --ema 0.049",
