@@ -129,7 +129,7 @@ def test_a_model_without_numbers_ends_in_one_line_and_without_files(shell: Shell
         "boss", "--model", broken(Path("large.safetensors")), "-q", *TINY, "-s", f"boss.choose={choice}"
     )
     assert answer.code == 6 and len(answer.err.splitlines()) == 1
-    assert "velocity is not finite along its own trajectory" in answer.err
+    assert "velocity is not finite along its trajectory" in answer.err
     assert not [path for path in Path("runs").rglob("*") if path.name in (TENSORS, "manifest.json")]
     assert not list(Path("runs").rglob("schedule-*"))
 
@@ -150,7 +150,7 @@ def test_a_solution_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pyte
     stage = make(Boss, grid=5, nfe=[2], held_out=16)
     monkeypatch.setattr(Model, "field", property(lambda self: at_times(31 / 32)))
     given = work(tmp_path, stage, {"model": GAUSSIAN})
-    stage.gram(given.model(), uniform(5), Meter(given, 1))
+    stage.calibrate(given.model(), uniform(5), Meter(given, 1))
     with pytest.raises(Diverged, match="accurate solution is not finite"):
         stage.halves(given.model(), Meter(given, 1))
 
@@ -397,3 +397,47 @@ def test_the_command_refuses_in_one_line(arguments: tuple[str, ...], message: st
     answer = shell("boss", "-q", *TINY, *arguments)
     assert answer.code == 2 and message in answer.err and not Path("runs").exists()
     assert len(answer.err.splitlines()) == 1 or arguments == ("--nfe", "0")
+
+
+# How many trajectories -------------------------------------------------------------------------------------
+
+
+def test_the_root_of_squared_errors_is_a_cost_too(tmp_path: Path) -> None:
+    """Both by hand, from the errors of single trajectories along Euler's steps."""
+    settings = {"grid": 6, "trajectories": 5, "nfe": [2], "held_out": 16, "reference": "euler"}
+    given = work(tmp_path, make(Boss, **settings), {"model": {"name": "analytic:mixture", "dim": 2}})
+    model, fine = given.model(), uniform(6)
+    eps, labels = noise(5, range(5), (2,)), model.labels(5, range(5))
+    states, speeds = by_euler(model.field, eps, labels, fine)
+    for cost, power in (("l2", 1.0), ("rms", 0.5)):
+        stage = make(Boss, cost=cost, **settings)
+        _, costs = stage.calibrate(model, fine, Meter(given, 1))
+        found = stage.mean_cost(costs)
+        for i in range(6):
+            for j in range(i + 2, 7):
+                jump = states[j] - states[i] - (fine.times[j] - fine.times[i]) * speeds[i]
+                errors = jump.double().square().flatten(1).sum(1) ** power
+                assert found[i, j] == pytest.approx(float(errors.mean()), rel=1e-3)
+
+
+def test_trajectories_end_when_more_would_change_nothing(tmp_path: Path) -> None:
+    given = {"name": "analytic:mixture", "dim": 2}
+    used = {}
+    for regret in (None, 0.05, 0.99):
+        settings = {"grid": 10, "trajectories": 64, "nfe": [3], "held_out": 16, "batch_size": 8}
+        stage = make(Boss, until_regret=regret, **settings)
+        folder = tmp_path / str(regret)
+        folder.mkdir()
+        stage.run(work(folder, stage, {"model": given}))
+        content = artifact.load_json(folder / file_name(3))
+        used[regret] = content["trajectories"]
+        assert content["regret"] >= 0
+        if regret is not None and used[regret] < 64:
+            assert content["regret"] < 2 * regret  # by other draws
+    assert used[0.99] == 8 <= used[0.05] <= used[None] == 64
+
+
+def test_equal_trajectories_leave_nothing_to_regret() -> None:
+    stage = make(Boss, grid=4, nfe=[2])
+    one = boss.local_cost(torch.eye(8, dtype=torch.float64).numpy(), uniform(4).times)
+    assert stage.regret(one[None].repeat(5, axis=0), 2, 0) == 0.0

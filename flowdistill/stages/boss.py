@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from flowdistill.teachers import Model
 
 TENSORS = "boss.safetensors"
+_RESAMPLED = 20
+"""So often are trajectories drawn anew, to tell whether there are enough of them."""
 REFERENCE = (SOLVERS["heun"], uniform(32))
 """The accurate solution on the held-out noises: 63 evaluations."""
 LOST = 1e9
@@ -73,7 +76,17 @@ class Boss(Stage):
         description="how the fine trajectory is solved: by Heun's rule at every other knot and Hermite's "
         "cubics between, or by Euler steps at all, as in the paper; both take `grid` evaluations",
     )
+    cost: Literal["l2", "rms"] = Field(
+        "l2", description="of a jump: the mean of squared errors, as in the paper, or of errors"
+    )
     trajectories: int = Field(64, gt=0, description="noises that the cost is averaged over")
+    until_regret: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="take no more trajectories once schedules of resampled ones cost at most this share more "
+        "than the best, for every `nfe`; `trajectories` is then the most",
+    )
     held_out: int = Field(
         64,
         ge=16,
@@ -94,8 +107,8 @@ class Boss(Stage):
 
         model, fine = work.model(), uniform(self.grid)
         meter = Meter(work, self.evaluations)
-        gram = self.gram(model, fine, meter)
-        cost = local_cost(gram, fine.times)
+        gram, costs = self.calibrate(model, fine, meter)
+        cost = self.mean_cost(costs)
         solution = bellman(cost)
         paths = {k: solution.path(k) for k in range(1, self.grid + 1)}
         best = self.choose == "best"
@@ -106,7 +119,8 @@ class Boss(Stage):
             boss = Candidate(SOLVERS["euler"], Schedule(tuple(fine.times[i] for i in paths[k]), "boss"))
             even = [round(i * self.grid / k) for i in range(k + 1)]
             local = {"boss": float(solution.totals[k]), "uniform": float(cost[even[:-1], even[1:]].sum())}
-            compared = {"local_cost": local, "held_out": compare(boss, halves, work.seed)}
+            compared: dict[str, Any] = {"local_cost": local, "regret": self.regret(costs, k, work.seed)}
+            compared["held_out"] = compare(boss, halves, work.seed)
             written = boss
             if best:
                 named = {"boss": paths[k], "ab2-boss": after_ab2[k]}
@@ -114,7 +128,7 @@ class Boss(Stage):
                 verdict = choose(tried, halves[0].errors, halves[1].errors, work.seed)
                 written, compared = verdict.chosen, {**compared, "choice": verdict.facts}
             figures[str(k)] = {**described(written), **compared}
-            used = {"grid": self.grid, "trajectories": self.trajectories, "seed": work.seed}
+            used = {"grid": self.grid, "trajectories": len(costs), "seed": work.seed}
             content = {**schedule_file(written, model), **used, **compared}
             artifact.save_json(work.folder / file_name(k), content)
         arrays = {"gram": gram, "cost": cost, "times": fine.times, "totals": solution.totals[1:]}
@@ -130,25 +144,59 @@ class Boss(Stage):
         rows = sum(k * (2 * self.held_out + best * chosen[k]) for k in self.nfe)
         return self.trajectories * self.grid + self.held_out * nfe(*REFERENCE) + rows
 
-    def gram(self, model: Model, fine: Schedule, meter: Meter) -> NDArray[np.float64]:
-        """Mean Gram matrix of increments and velocities [2M, 2M] along the fine trajectories.
+    def calibrate(
+        self, model: Model, fine: Schedule, meter: Meter
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean Gram matrix [2M, 2M] of increments and velocities; each trajectory's costs [N, M + 1, M + 1].
 
-        Batches stream through it: memory does not grow with the number of trajectories.
+        Batches stream through it: of states and velocities those of one batch are held at a time.
         """
+        import numpy as np
         import torch
 
         total = torch.zeros(2 * self.grid, 2 * self.grid, dtype=torch.float64)
         solve = by_euler if self.reference == "euler" else by_heun
+        costs: list[NDArray[np.float64]] = []
         for noise, labels in self._noises(model, meter, 0, self.trajectories):
             states, speeds = solve(model.field, noise, labels, fine)
             meter.add(len(noise) * self.grid)
-            basis = torch.cat([states.diff(dim=0), speeds])
-            rows = basis.flatten(1).to("cpu", torch.float64)
-            total += rows @ rows.T
-        if not total.isfinite().all():
-            raise Diverged("the model's velocity is not finite along its own trajectory: it is of no use")
-        gram: NDArray[np.float64] = (total / self.trajectories).numpy()
-        return gram
+            basis = torch.cat([states.diff(dim=0), speeds]).flatten(2).transpose(0, 1)
+            for rows in basis.to("cpu", torch.float64):
+                gram = rows @ rows.T
+                if not gram.isfinite().all():
+                    raise Diverged("the model's velocity is not finite along its trajectory: it is of no use")
+                total += gram
+                costs.append(local_cost(gram.numpy(), fine.times))
+            if self.until_regret and len(costs) > 1 and self._settled(np.stack(costs)):
+                break
+        mean: NDArray[np.float64] = (total / len(costs)).numpy()
+        return mean, np.stack(costs)
+
+    def _settled(self, costs: NDArray[np.float64]) -> bool:
+        return max(self.regret(costs, k, 0) for k in self.nfe) <= (self.until_regret or 0.0)
+
+    def mean_cost(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of every jump, over trajectories [N, M + 1, M + 1]."""
+        import numpy as np
+
+        found: NDArray[np.float64] = (np.sqrt(costs) if self.cost == "rms" else costs).mean(axis=0)
+        return found
+
+    def regret(self, costs: NDArray[np.float64], nfe: int, seed: int) -> float:
+        """Share by which schedules of trajectories drawn with replacement cost more than the best."""
+        import numpy as np
+
+        chance = np.random.default_rng(seed)
+        cost = self.mean_cost(costs)
+        least = float(bellman(cost).totals[nfe])
+        if least == 0:
+            return 0.0
+        paths = (
+            bellman(self.mean_cost(costs[chance.integers(len(costs), size=len(costs))])).path(nfe)
+            for _ in range(_RESAMPLED)
+        )
+        found = [sum(cost[i, j] for i, j in pairwise(path)) for path in paths]
+        return float(np.mean(found)) / least - 1
 
     def halves(self, model: Model, meter: Meter) -> tuple[Half, Half]:
         """The noises that choose, and those that judge, with their accurate solutions."""
