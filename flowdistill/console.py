@@ -365,5 +365,5 @@ def _schedules(finished: Finished) -> None:
     for each in found:
         facts(
             f"{each['nfe']} evaluations",
-            {key: " ".join(f"{t:.4g}" for t in each[key]) for key in ("times", "sigmas")},
+            {key: " ".join(f"{t:.4g}" for t in each[key]) for key in ("times", "sigmas") if key in each},
         )

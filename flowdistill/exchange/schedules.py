@@ -112,7 +112,7 @@ def read(path: Path, form: Form = "sigmas") -> Schedule:
     if solver != "euler":
         raise UsageError(
             f"{path}: is for the solver {solver}, and {form} would take Euler steps at its times: "
-            "only schedules for euler can be exported"
+            "only schedules for euler can be exported; `flowdistill boss -s boss.choose=euler` makes such"
         )
     return schedule
 

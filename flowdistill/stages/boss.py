@@ -67,8 +67,10 @@ class Boss(Stage):
         min_length=1,
         description="numbers of evaluations to write a schedule file for",
     )
-    choose: Literal["best", "boss"] = Field(
-        "best", description="what is written: the best of all candidates, or Euler steps at BOSS's times"
+    choose: Literal["best", "euler", "boss"] = Field(
+        "best",
+        description="what is written: the best of all candidates; the best of Euler's, for programs that "
+        "know no other solver; or Euler steps at BOSS's times",
     )
     grid: int = Field(100, ge=2, le=1000, description="steps of the fine trajectory (K_max in the paper)")
     reference: Literal["heun", "euler"] = Field(
@@ -111,7 +113,7 @@ class Boss(Stage):
         cost = self.mean_cost(costs)
         solution = bellman(cost)
         paths = {k: solution.path(k) for k in range(1, self.grid + 1)}
-        best = self.choose == "best"
+        best = self.choose != "boss"
         after_ab2 = ab2_paths(cost, ab2_cost(gram, fine.times), max(self.nfe)) if best else {}
         halves = self.halves(model, meter)
         figures = {}
@@ -124,7 +126,7 @@ class Boss(Stage):
             written = boss
             if best:
                 named = {"boss": paths[k], "ab2-boss": after_ab2[k]}
-                tried = [*closed(k), *calibrated(gram, fine, named)]
+                tried = self._wanted([*closed(k), *calibrated(gram, fine, named)])
                 verdict = choose(tried, halves[0].errors, halves[1].errors, work.seed)
                 written, compared = verdict.chosen, {**compared, "choice": verdict.facts}
             figures[str(k)] = {**described(written), **compared}
@@ -139,10 +141,16 @@ class Boss(Stage):
     @property
     def evaluations(self) -> int:
         """Evaluations of the network for all noises; every candidate takes as many as any other."""
-        half, best = self.held_out // 2, self.choose == "best"
-        chosen = {k: half * (len(list(closed(k))) + 6) + 2 * (self.held_out - half) for k in self.nfe}
+        half, best = self.held_out // 2, self.choose != "boss"
+        fitted = 6 if self.choose == "best" else 2  # Euler's, AB2's and fitted coefficients at two times
+        tried = {k: len(self._wanted(list(closed(k)))) + fitted for k in self.nfe}
+        chosen = {k: half * tried[k] + 2 * (self.held_out - half) for k in self.nfe}
         rows = sum(k * (2 * self.held_out + best * chosen[k]) for k in self.nfe)
         return self.trajectories * self.grid + self.held_out * nfe(*REFERENCE) + rows
+
+    def _wanted(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that may be written."""
+        return [each for each in candidates if self.choose == "best" or each.solver.name == "euler"]
 
     def calibrate(
         self, model: Model, fine: Schedule, meter: Meter
@@ -323,11 +331,13 @@ def described(written: Candidate) -> dict[str, Any]:
 def schedule_file(written: Candidate, model: Model) -> dict[str, Any]:
     """What a schedule file says of the way of sampling itself and of the model it is for."""
     guidance = model.card.guidance
+    # Others take Euler steps at them, whatever the solver that they were made for.
+    sigmas = {"sigmas": written.schedule.sigmas()} if written.solver.name == "euler" else {}
     return {
         "nfe": nfe(written.solver, written.schedule),
         **described(written),
         "times": list(written.schedule.times),
-        "sigmas": written.schedule.sigmas(),
+        **sigmas,
         "coefficients": written.coefficients,
         "model": model.digest,
         "guidance": guidance.model_dump(mode="json") if guidance else None,

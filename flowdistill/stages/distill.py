@@ -87,7 +87,7 @@ class Distill(OnPairs):
     schedule: Annotated[str | None, Reference("schedule", optional=True)] = Field(
         None,
         description="boss stage whose times for `nfe` are taken in place of uniform ones; one with "
-        "choose: boss, since others may be for solvers with memory",
+        "choose: euler or boss, since others may be for solvers with memory",
     )
     loss: Loss = SquaredL2()
     two_step: TwoStep | None = None
