@@ -459,8 +459,9 @@ def test_boss_works_without_a_recipe(shell: Shell) -> None:
     folder = Path("runs/boss/analytic-ring-nfe-2-3/boss")
     for steps in (2, 3):
         content = artifact.load_json(folder / f"schedule-nfe{steps}.json")
-        times = " ".join(f"{t:.4g}" for t in content["times"])
-        assert content["nfe"] == steps and f"{steps} evaluations\n  times   {times}\n" in answer.out
+        times = re.escape(" ".join(f"{t:.4g}" for t in content["times"]))
+        assert content["nfe"] == steps
+        assert re.search(rf"{steps} evaluations\n  times +{times}\n", answer.out)
         assert f"{content['held_out']['boss']['value']:.3g} [" in answer.out
     other = shell("boss", "--model", "analytic:ring", "--nfe", "4", *small)
     assert other.code == 0, "another number of steps is no conflict with the first"
