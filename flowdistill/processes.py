@@ -6,6 +6,7 @@ together is agreed on through files (`pairstore`), so that one that dies is no l
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -79,6 +80,9 @@ def joined(device: str, collective: bool) -> Iterator[World]:
             )
         yield World(state.process_index, state.num_processes)
     finally:
+        # What still holds the group (accelerate ties models into cycles) would outlive it, and at exit gloo's
+        # threads end in an abort.
+        gc.collect()
         with suppress(Exception):  # others may be gone
             state.destroy_process_group()
 
