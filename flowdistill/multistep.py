@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from flowdistill.errors import UsageError
+from flowdistill.schedule import products
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,7 @@ def ab2_cost(gram: Floats, times: Sequence[float]) -> Jumps:
     import numpy as np
 
     steps = len(times) - 1
-    corner, along, speeds = _products(gram, steps)
+    corner, along, speeds = products(gram)
     t, norm = np.asarray(times, dtype=np.float64), corner.diagonal()
     i, k = np.ogrid[:steps, : steps + 1]
 
@@ -100,7 +101,7 @@ def fitted(gram: Floats, times: Sequence[float], knots: Sequence[int]) -> tuple[
     steps = len(times) - 1
     if list(knots) != sorted(set(knots)) or (knots[0], knots[-1]) != (0, steps):
         raise UsageError(f"knots must rise from 0 to {steps}, found {list(knots)}")
-    _, along, speeds = _products(gram, steps)
+    _, along, speeds = products(gram)
     table = []
     for number in range(1, len(knots)):
         known = np.asarray(knots[:number])
@@ -110,14 +111,3 @@ def fitted(gram: Floats, times: Sequence[float], knots: Sequence[int]) -> tuple[
         found = np.linalg.lstsq(inner + ridge * np.eye(number), wanted)[0]  # all 0 of a model at rest
         table.append(tuple(found.tolist()))
     return tuple(table)
-
-
-def _products(gram: Floats, steps: int) -> tuple[Floats, Floats, Floats]:
-    """<x_j - x_0, x_k - x_0> [M + 1, M + 1], <x_j - x_0, v_i> [M + 1, M], <v_i, v_j> [M, M]."""
-    import numpy as np
-
-    corner = np.zeros((steps + 1, steps + 1))
-    corner[1:, 1:] = gram[:steps, :steps].cumsum(axis=0).cumsum(axis=1)
-    along = np.zeros((steps + 1, steps))
-    along[1:] = gram[:steps, steps:].cumsum(axis=0)
-    return corner, along, gram[steps:, steps:]

@@ -55,10 +55,8 @@ def stepwise(solver: str, evaluations: int) -> Rule:
 def by_default(model: Model, solver: str | None, evaluations: int | None) -> Rule:
     """What the model's card says of so many evaluations, or of those it was made for; else uniform steps."""
     count = evaluations or model.card.nfe or DEFAULT_NFE
-    carried = model.card.schedules.get(str(count))
-    if carried is None or solver is not None:
-        return stepwise(solver or "euler", count)
-    return Rule(*recorded(carried, str(carried["schedule"])))
+    carried = None if solver else model.carried(count)
+    return Rule(*carried) if carried else stepwise(solver or "euler", count)
 
 
 def carry(reference: str, files: Sequence[Path], destination: Path) -> str:
@@ -67,8 +65,6 @@ def carry(reference: str, files: Sequence[Path], destination: Path) -> str:
     Raises `UsageError` where the file is there already or the model has none of its own, and `ArtifactError`
     where a schedule is for another model.
     """
-    from dataclasses import replace
-
     from flowdistill import teachers
 
     model = teachers.open_model(reference, "cpu")
@@ -82,8 +78,8 @@ def carry(reference: str, files: Sequence[Path], destination: Path) -> str:
         content = artifact.load_json(file)
         kept = {key: content.get(key) for key in ("solver", "schedule", "times", "coefficients")}
         schedules[str(rule.nfe)] = {**kept, "schedule": content.get("schedule", "boss")}
-    replace(model, card=model.card.model_copy(update={"schedules": schedules})).write(destination, None)
-    return artifact.sha256(destination)
+    card = model.card.model_copy(update={"schedules": schedules})
+    return card.write(destination, model.weights.state_dict(), None)
 
 
 def timed(solver: str, text: str) -> Rule:

@@ -142,12 +142,7 @@ def local_cost(gram: Floats, times: Sequence[float]) -> Floats:
     import numpy as np
 
     steps = len(times) - 1
-    moves, cross, speeds = gram[:steps, :steps], gram[:steps, steps:], gram[steps:, steps:]
-    corner = np.zeros((steps + 1, steps + 1))  # corner[j, k] = <x_j - x_0, x_k - x_0>
-    corner[1:, 1:] = moves.cumsum(axis=0).cumsum(axis=1)
-    along = np.zeros((steps + 1, steps))  # along[j, i] = <x_j - x_0, v_i>
-    along[1:] = cross.cumsum(axis=0)
-
+    corner, along, speeds = products(gram)
     norm = corner.diagonal()
     start = np.arange(steps)
     length = np.subtract.outer(times, times).T[:-1]  # length[i, j] = t_j - t_i
@@ -156,6 +151,21 @@ def local_cost(gram: Floats, times: Sequence[float]) -> Floats:
     cost = np.zeros((steps + 1, steps + 1))
     cost[:-1] = displacement - 2 * length * overlap + length**2 * speeds.diagonal()[:, None]
     return np.triu(cost.clip(min=0.0), k=1)
+
+
+def products(gram: Floats) -> tuple[Floats, Floats, Floats]:
+    """Of the Gram matrix of `local_cost`: inner products of the states and the velocities themselves.
+
+    <x_j - x_0, x_k - x_0> [M + 1, M + 1], <x_j - x_0, v_i> [M + 1, M] and <v_i, v_j> [M, M].
+    """
+    import numpy as np
+
+    steps = len(gram) // 2
+    corner = np.zeros((steps + 1, steps + 1))
+    corner[1:, 1:] = gram[:steps, :steps].cumsum(axis=0).cumsum(axis=1)
+    along = np.zeros((steps + 1, steps))
+    along[1:] = gram[:steps, steps:].cumsum(axis=0)
+    return corner, along, gram[steps:, steps:]
 
 
 def _check_costs(cost: Floats) -> None:

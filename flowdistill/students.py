@@ -13,7 +13,7 @@ from flowdistill.conventions import Convention, Linear
 from flowdistill.errors import UsageError
 
 if TYPE_CHECKING:
-    from flowdistill.architectures import Student
+    from flowdistill.architectures import Architecture, Student
     from flowdistill.teachers import Card, Model
     from flowdistill.work import Work
 
@@ -37,7 +37,7 @@ def card(like: Card, work: Work, **changes: Any) -> Card:
     return like.model_copy(update={**own, **changes})
 
 
-def fresh(student: Student, like: Model, work: Work, key: str, **changes: Any) -> Model:
+def fresh(student: Student | Architecture, like: Model, work: Work, key: str, **changes: Any) -> Model:
     """A student with random weights, which depend on the seed alone.
 
     Raises `UsageError` where the description does not fit the model; `key` is its place in the recipe.
@@ -48,10 +48,10 @@ def fresh(student: Student, like: Model, work: Work, key: str, **changes: Any) -
 
     described = _described(student, like, work, key)
     torch.manual_seed(randomness.key(work.seed, "weights"))
-    return teachers.new(card(like.card, work, **described, **changes))
+    return teachers.new(card(like.card, work, **{**described, **changes}))
 
 
-def _described(student: Student, like: Model, work: Work, key: str) -> dict[str, Any]:
+def _described(student: Student | Architecture, like: Model, work: Work, key: str) -> dict[str, Any]:
     """Architecture, arguments and convention."""
     from flowdistill import sizing
 

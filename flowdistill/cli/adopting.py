@@ -168,7 +168,8 @@ def export(
     z.zip and images_labels.csv, for RectifiedFlow and SlimFlow z0.npy, z1.npy and label.npy. Of a schedule
     file of `boss`, diffusers is a folder with a scheduler and the sigmas for it, comfyui the line for the
     node ManualSigmas, and sigmas a JSON list (docs/export.md). With --ema, reads the averages that a training
-    has kept (`post_hoc` in its recipe) and writes the model file DEST.
+    has kept (`post_hoc` in its recipe) and writes the model file DEST. With --schedule, reads a model and
+    writes it to DEST with these schedules in its card.
 
     \b
     Examples:
@@ -180,14 +181,14 @@ def export(
             "expected --as FORMAT for pairs or a schedule, --ema STD for a training, or --schedule FILE for "
             "a model"
         )
+    shifts = {"--shift": shift, "--mu": mu}
     if carried is not None:
-        _refuse_options({"--shift": shift, "--mu": mu}, "--schedule is for a model")
+        _refuse_options(shifts, "--schedule is for a model")
         _export_with_schedules(source, destination, carried, as_json)
         return
     if form in _SCHEDULES:
         _export_schedule(source, destination, form, shift, mu, as_json)
         return
-    shifts = {"--shift": shift, "--mu": mu}
     if form is None:
         _refuse_options(shifts, "--ema is for a training")
         _export_average(source, destination, cast(float, ema), as_json)

@@ -119,7 +119,7 @@ class Evaluate(Stage):
                 solver = SOLVERS[self.solver]
                 even = uniform(steps_for(solver, evaluations))
                 yield Row(name, model, solver, even)
-                found = chosen.get((model.digest, evaluations)) or _carried(model, evaluations)
+                found = chosen.get((model.digest, evaluations)) or model.carried(evaluations)
                 if found is not None and (found[0], found[1].times) != (solver, even.times):
                     yield Row(name, model, *found)
 
@@ -199,12 +199,6 @@ def _check_same_data(models: Mapping[str, Model]) -> None:
         if len(found) > 1:
             differ = ", ".join(f"{name} {value}" for value, name in found.items())
             raise UsageError(f"models of one evaluation must agree in {what}, found {differ}")
-
-
-def _carried(model: Model, evaluations: int) -> tuple[Solver, Schedule] | None:
-    """What the model's own card says of so many evaluations."""
-    carried = model.card.schedules.get(str(evaluations))
-    return None if carried is None else recorded(carried, str(carried["schedule"]))
 
 
 def _schedules(work: Work, models: Mapping[str, Model]) -> dict[tuple[str, int], tuple[Solver, Schedule]]:

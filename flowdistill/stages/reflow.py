@@ -10,11 +10,11 @@ optimum (hence LPIPS-Huber, Sec. 4.2). The student starts from the teacher's wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowdistill.architectures import Architecture, arguments
+from flowdistill.architectures import Architecture
 from flowdistill.conventions import Convention
 from flowdistill.errors import UsageError
 from flowdistill.objectives import Loss, LpipsHuber
@@ -66,23 +66,17 @@ class Reflow(OnPairs):
 
         from flowdistill import randomness, students, teachers
 
-        start = work.model("init")
-        changes: dict[str, Any] = {}
-        if self.network is not None:
-            torch.manual_seed(randomness.key(work.seed, "weights"))
+        start, key = work.model("init"), f"{work.stage}.network"
         if self.network is not None and self.network != "same":
-            changes["architecture"] = self.network.name
-            changes["arguments"] = arguments(self.network, start.card.shape, start.card.classes)
-            changes["convention"] = self.convention
-            changes["null_label"] = None
-            return self._labelled(work, teachers.new(students.card(start.card, work, **changes)))
+            fresh = students.fresh(self.network, start, work, key, convention=self.convention)
+            return self._labelled(work, fresh)
         if start.card.architecture == "analytic":
             raise UsageError(
-                f"{work.stage}.network: '{start.card.arguments['name']}' has no weights to start from; "
+                f"{key}: '{start.card.arguments['name']}' has no weights to start from; "
                 "describe the student, for example network: {name: mlp}"
             )
-        if self.convention is not None:
-            changes["convention"] = self.convention
+        changes = {} if self.convention is None else {"convention": self.convention}
+        torch.manual_seed(randomness.key(work.seed, "weights"))
         student = teachers.new(students.card(start.card, work, **changes))
         if self.network is None:
             student.weights.load_state_dict(start.weights.state_dict())

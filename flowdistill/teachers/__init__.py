@@ -28,6 +28,9 @@ __all__ = ["ANALYTIC", "Card", "Model", "identify", "load", "locate", "new", "op
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from flowdistill.schedule import Schedule
+    from flowdistill.solvers import Solver
+
 Reference = str | Mapping[str, Any]
 ANALYTIC: Mapping[str, tuple[str, int]] = {
     "gaussian": ("dim", 2),
@@ -71,6 +74,13 @@ class Model:
                 return guidance.combine(v, network(x, t, self.null(labels)), t)
 
         return velocity
+
+    def carried(self, nfe: int) -> tuple[Solver, Schedule] | None:
+        """How its card says that it is sampled in so many evaluations; None where it says nothing."""
+        from flowdistill.solvers import recorded
+
+        found = self.card.schedules.get(str(nfe))
+        return None if found is None else recorded(found, str(found["schedule"]))
 
     @property
     def passes(self) -> int:
