@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#1f61a8", "#d1495b", "#2a9d8f", "#e9a23b", "#7b5ea7", "#6c757d")
 """Of lines, in their order: apart for those who see no red or no green too."""
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,8 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
+    style = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    with matplotlib.rc_context(style):
         drawn = Figure(figsize=(width, height), layout="constrained")
         return drawn, drawn.subplots(rows, columns, squeeze=False)
 
