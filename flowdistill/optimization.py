@@ -37,6 +37,13 @@ class Optimizer(Settings):
         return rate
 
 
+class Lora(Settings):
+    """Low-rank adaptation: what is added to the weights is trained, and they stay."""
+
+    rank: int = Field(4, ge=1, description="of what is added to a weight")
+    alpha: float = Field(1.0, gt=0, description="it is scaled by alpha / rank")
+
+
 class Ema(Settings):
     """Exponential moving average of the weights; the average is what a stage ships."""
 

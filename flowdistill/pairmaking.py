@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowdistill.errors import UsageError
 from flowdistill.grids import schedule
+from flowdistill.schedule import Schedule
 from flowdistill.solvers import SOLVERS, integrate, nfe
 from flowdistill.work import Figures, Progress, Work, batches
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from flowdistill.flow import VelocityField
     from flowdistill.images import Samples
     from flowdistill.pairstore import Block, PairSpec, PairWriter
-    from flowdistill.schedule import Schedule
     from flowdistill.stages.pairs import Pairs
     from flowdistill.teachers import Model
 
@@ -50,7 +50,11 @@ class Maker:
 
     def block(self, indices: range) -> Block:
         """The pairs of one batch, on the CPU."""
+        import torch
+
         from flowdistill.pairstore import Block
+
+        path: list[Tensor] = []
 
         if self.data is not None:
             x0, labels = self.data.read(indices)
@@ -60,14 +64,23 @@ class Maker:
         else:
             eps, record = self.spec.draw(indices)
             labels = self.labels(indices)
-            x0, calls = self.solve(eps, labels)
-        block = Block(eps, x0, labels if self.spec.classes else None, nfe=calls, record=record)
+            x0, calls = self.solve(eps, labels, on_path=path.append)
+        kept = torch.stack(path, dim=1) if path else None
+        block = Block(eps, x0, labels if self.spec.classes else None, nfe=calls, record=record, path=kept)
         return replace(block, error=self.error(block, indices)) if self.spec.error else block
 
     def solve(
-        self, x: Tensor, labels: Tensor | None, inverse: bool = False, halved: bool = False
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        inverse: bool = False,
+        halved: bool = False,
+        on_path: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The other end of the flow [B, *shape], and the evaluations of each sample where they differ."""
+        """The other end of the flow [B, *shape], and the evaluations of each sample where they differ.
+
+        `on_path` is given the states at the times of the spec's path.
+        """
         from flowdistill.adaptive import integrate_adaptive
 
         x = x.to(self.work.device)
@@ -78,8 +91,14 @@ class Maker:
             rtol, atol = self.stage.rtol * finer, self.stage.atol * finer
             end, calls = integrate_adaptive(field, x, rtol, atol, labels, inverse=inverse)
             return end.cpu(), calls
-        grid = self.grid.halved() if halved else self.grid
-        return integrate(field, x, grid, SOLVERS[self.stage.solver], labels, inverse=inverse).cpu(), None
+        grid, kept = self.grid.halved() if halved else self.grid, set(self.spec.path)
+
+        def on_step(i: int, t: float, x: Tensor, v: Tensor) -> None:
+            if on_path is not None and t in kept:
+                on_path(x.cpu())
+
+        solver = SOLVERS[self.stage.solver]
+        return integrate(field, x, grid, solver, labels, on_step, inverse).cpu(), None
 
     def error(self, block: Block, indices: range) -> Tensor:
         """What the solver is off by, [B]: against every step halved or, of data, after there and back.
@@ -145,7 +164,11 @@ class Maker:
 
     @property
     def grid(self) -> Schedule:
-        return schedule(self.stage.schedule, self.stage.steps)
+        """The times of the recipe and, between them, those of the path that is kept."""
+        chosen = schedule(self.stage.schedule, self.stage.steps)
+        if not self.spec.path:
+            return chosen
+        return Schedule(tuple(sorted({*chosen.times, *self.spec.path}, reverse=True)), chosen.name)
 
     @property
     def field(self) -> VelocityField:

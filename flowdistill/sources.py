@@ -6,7 +6,7 @@ so a position in the data is restored by knowing the step, in any number of proc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -100,9 +100,30 @@ class PairSource:
         self._slots, self._before = _cycle(feed.weights or [float(len(rows)) for rows in self.rows], stores)
 
     def batch(self, draw: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = [(places, store.batch(rows)) for places, store, rows in self._chosen(draw)]
+        eps, x0, labels = _merged(parts, len(draw.numbers))
+        return self._flipped(x0, draw), self._flipped(eps, draw), labels
+
+    def states(self, draw: Draws, which: Tensor) -> Tensor:
+        """The state [B, *shape] of each pair of `batch` at time `which` [B] of its store's path."""
+        states = torch.empty(len(which), *self.stores[0].spec.shape)
+        for places, store, rows in self._chosen(draw):
+            states[places] = store.states(rows, which[places])
+        return self._flipped(states, draw)
+
+    def labels(self, draw: Draws) -> Tensor | None:
+        """The labels [B] of `batch`."""
+        if not self.stores[0].spec.classes:
+            return None
+        labels = torch.empty(len(draw.numbers), dtype=torch.int64)
+        for places, store, rows in self._chosen(draw):
+            labels[places] = store.column("labels", rows).long()
+        return labels
+
+    def _chosen(self, draw: Draws) -> Iterator[tuple[Tensor, PairStore, Tensor]]:
+        """Places in the batch, the store that they are taken from, and which of its pairs."""
         round_, slot = draw.numbers // len(self._slots), draw.numbers % len(self._slots)
         of = self._slots[slot]
-        parts = []
         for number, (store, rows) in enumerate(zip(self.stores, self.rows, strict=True)):
             places = (of == number).nonzero()[:, 0]
             if not len(places):
@@ -111,12 +132,14 @@ class PairSource:
             positions = round_[places] * in_a_round + self._before[slot[places], number]
             purpose = f"order {number}" if number else "order"
             chosen = shuffled(draw.seed, purpose, positions, len(rows))
-            parts.append((places, store.batch(rows[chosen] if isinstance(rows, Tensor) else chosen)))
-        eps, x0, labels = _merged(parts, len(of))
+            yield places, store, rows[chosen] if isinstance(rows, Tensor) else chosen
+
+    def _flipped(self, x: Tensor, draw: Draws) -> Tensor:
+        """x [B, *shape], half of it mirrored where the feed says so; always the same of a batch."""
         if self.feed.flip:
             coin = (draw.uniform("flip") < 0.5).nonzero()[:, 0]
-            eps[coin], x0[coin] = eps[coin].flip(-1), x0[coin].flip(-1)
-        return x0, eps, labels
+            x[coin] = x[coin].flip(-1)
+        return x
 
 
 def shuffled(seed: int, purpose: str, numbers: Tensor, count: int) -> Tensor:

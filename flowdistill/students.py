@@ -37,6 +37,20 @@ def card(like: Card, work: Work, **changes: Any) -> Card:
     return like.model_copy(update={**own, **changes})
 
 
+def continued(start: Model, work: Work, key: str, **changes: Any) -> Model:
+    """A student that begins as another model; UsageError where that is a formula."""
+    from flowdistill import teachers
+
+    if start.card.architecture == "analytic":
+        raise UsageError(
+            f"{key}: '{start.card.arguments['name']}' has no weights that a student could begin with; take a "
+            "model that was trained"
+        )
+    student = teachers.new(card(start.card, work, **changes))
+    student.weights.load_state_dict(start.weights.state_dict())
+    return student
+
+
 def fresh(student: Student | Architecture, like: Model, work: Work, key: str, **changes: Any) -> Model:
     """A student with random weights, which depend on the seed alone.
 

@@ -54,6 +54,8 @@ class PairSpec(BaseModel):
     """Whether each pair carries an estimate of its solver's error."""
     evaluations: bool = False
     """Whether each pair carries the number of evaluations that it took."""
+    path: tuple[float, ...] = Field((), exclude_if=lambda path: not path)
+    """Times, falling from 1 to 0 without the ends, at which each pair's state is stored too."""
     orientation: Literal["t=0 data, t=1 noise"] = "t=0 data, t=1 noise"
     origin: dict[str, JsonValue] = {}
     """What else the pairs depend on: the model's digest, solver, schedule."""
@@ -85,7 +87,15 @@ class PairSpec(BaseModel):
             columns["error"] = ("float32", ())
         if self.evaluations:
             columns["nfe"] = ("int32", ())
+        if self.path:  # on the way to an image a state is no image
+            dtype = "float16" if self.dtype == "uint8" else self.dtype
+            columns["path"] = (dtype, (len(self.path), *self.shape))
         return columns
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Of all states that a pair has: its noise, those on its path, its data."""
+        return (1.0, *self.path, 0.0)
 
     @property
     def size_bytes(self) -> int:
@@ -132,6 +142,8 @@ class Block:
     nfe: Tensor | None = None
     record: Tensor | None = None
     """[B, 32] uint8: state and increment of the PCG64 that drew eps."""
+    path: Tensor | None = None
+    """[B, K, *shape]: states at the times of the spec's path."""
 
 
 def read_spec(folder: Path) -> PairSpec:
@@ -192,10 +204,12 @@ def encode(spec: PairSpec, shard: int, blocks: Sequence[Block]) -> dict[str, Ten
             _put(tensors, rows, block)
     if first != size:
         raise ValueError(f"shard {shard}: {first} pairs, expected {size}")
-    if not artifact.all_finite(tensors["x0"]):
-        raise Diverged(
-            f"shard {shard}: x0 is too large for {spec.dtype}, nothing was written; store it as float32"
-        )
+    for name in tensors.keys() & {"x0", "path"}:
+        if not artifact.all_finite(tensors[name]):
+            raise Diverged(
+                f"shard {shard}: {name} is too large for {columns[name][0]}, nothing was written; "
+                "store it as float32"
+            )
     return tensors
 
 

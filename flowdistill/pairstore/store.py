@@ -80,6 +80,26 @@ class PairStore:
             return randomness.pcg64_noise(columns["record"], self.spec.shape), x0, labels
         return randomness.noise(self.spec.seed, torch.from_numpy(rows), self.spec.shape), x0, labels
 
+    def states(self, indices: Sequence[int] | Tensor, which: Tensor) -> Tensor:
+        """The state [B, *shape] float32 of each of these pairs at `spec.times[which]`, which [B] int64."""
+        rows, last = self._rows(indices), len(self.spec.times) - 1
+        if which.numel() and not 0 <= int(which.min()) <= int(which.max()) <= last:
+            raise IndexError(f"states {int(which.min())}..{int(which.max())} of a path with {last + 1}")
+        states = torch.empty(len(rows), *self.spec.shape)
+        for shard, places, local in _by_shard(rows, self.spec.shard_size):
+            columns, chosen = self._columns(shard), which.numpy()[places]
+            inner = (chosen > 0) & (chosen < last)
+            if inner.any():
+                found = columns["path"][local[inner], chosen[inner] - 1]
+                states[places[inner]] = tensor(found, self.spec.columns()["path"][0]).float()
+            at_end = chosen == last
+            if at_end.any():
+                states[places[at_end]] = decode(tensor(columns["x0"][local[at_end]], self.spec.dtype))
+        at_noise = (which == 0).numpy()
+        if at_noise.any():
+            states[at_noise] = self.batch(torch.from_numpy(rows[at_noise]))[0]
+        return states
+
     def column(self, name: str, indices: Sequence[int] | Tensor | None = None) -> Tensor:
         """One number (or record, or x0 as it is stored) of these pairs, of all by default.
 

@@ -168,6 +168,10 @@ class Training(Stage):
         """
         raise NotImplementedError
 
+    def finished(self, network: nn.Module) -> nn.Module:
+        """The averaged network as it is written, of the one that was trained."""
+        return network
+
     def conclude(self, network: nn.Module) -> Figures:
         """Measure the averaged network before it is written; the figures go into its card."""
         return {}

@@ -98,19 +98,11 @@ class Distill(OnPairs):
         return {"loss": self.loss}
 
     def new_student(self, work: Work) -> Model:
-        from flowdistill import students, teachers
+        from flowdistill import students
 
-        flow = work.model()
-        if flow.card.architecture == "analytic":
-            raise UsageError(
-                f"{work.stage}.model: '{flow.card.arguments['name']}' has no weights that a student could "
-                "begin with; distil a model that a stage has trained"
-            )
-        student = teachers.new(students.card(flow.card, work, nfe=self.nfe))
+        student = students.continued(work.model(), work, f"{work.stage}.model", nfe=self.nfe)
         if self.start == "raw":
             student.network.load_state_dict(_trained(work))
-        else:
-            student.network.load_state_dict(flow.network.state_dict())
         return student
 
     def equipment(self, work: Work) -> Equipment:

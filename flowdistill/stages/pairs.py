@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from flowdistill.chords import bellman_schedules
 from flowdistill.errors import Diverged, FlowdistillError, UsageError
 from flowdistill.grids import Grid, schedule
 from flowdistill.guidance import Guidance
 from flowdistill.pairmaking import INVERT_FROM, Maker, read_labels
-from flowdistill.recipe import Reference
+from flowdistill.recipe import Reference, Settings
+from flowdistill.schedule import uniform
 from flowdistill.solvers import SOLVERS, OdeSolver
 from flowdistill.stages import Stage
 from flowdistill.work import Cost, Done, Figures, Work
@@ -41,6 +43,22 @@ _TRIES, _MORE_STEPS, _LEAST_RTOL = 6, 32, 1e-7
 """How far a better setting is looked for: so many times, up to so many times the steps."""
 _JUDGED = 4096
 """Inverted noises that are compared with a normal distribution."""
+
+
+class Kept(Settings):
+    """Times at which the states of the pairs are kept, for `straighten`: all that are named."""
+
+    schedule: Annotated[str | None, Reference("schedule", optional=True)] = Field(
+        None, description="boss stage: the times of its Bellman paths for each of its `nfe`"
+    )
+    uniform: list[Annotated[int, Field(ge=2)]] = Field([], description="the times of so many uniform steps")
+    times: list[Annotated[float, Field(gt=0, lt=1)]] = Field([], description="further times")
+
+    @model_validator(mode="after")
+    def _some(self) -> Kept:
+        if not (self.schedule or self.uniform or self.times):
+            raise ValueError("expected `schedule`, `uniform` or `times`")
+        return self
 
 
 class Pairs(Stage):
@@ -97,6 +115,7 @@ class Pairs(Stage):
     dtype: Literal["uint8", "float16", "bfloat16", "float32"] = Field(
         "float16", description="type of the stored data"
     )
+    path: Kept | None = Field(None, description="states between noise and sample that are kept, too")
     store_noise: bool = Field(False, description="store the noise too, for readers other than flowdistill")
     noise: Literal["seeded", "pcg64"] = Field(
         "seeded", description="pcg64: draw the noise as rf++ does, so that the pairs can be exported for it"
@@ -121,6 +140,8 @@ class Pairs(Stage):
             raise ValueError("noise: pcg64 is for noise that is drawn and not stored")
         if self.source == "noise" and self.data:
             raise ValueError("data: is for `source: data`")
+        if self.path and (self.source == "data" or self.solver == "rk45"):
+            raise ValueError("path: needs `source: noise` and a solver of given steps")
         if self.source == "data" and (self.classes or self.labels):
             raise ValueError("source: data have their own labels; leave `classes` and `labels` out")
         if self.solver != "rk45":
@@ -215,6 +236,7 @@ class Pairs(Stage):
             noise="stored" if self.store_noise or data is not None else self.noise,
             error=self.estimate_error,
             evaluations=self.solver == "rk45",
+            path=self.kept_times(work, model),
             seed=work.seed,
             origin={
                 "model": model.digest,
@@ -224,6 +246,17 @@ class Pairs(Stage):
                 **inputs,
             },
         )
+
+    def kept_times(self, work: Work, model: Model) -> tuple[float, ...]:
+        """The times of `path`, falling, without 1 and 0."""
+        if self.path is None:
+            return ()
+        found = {*self.path.times, *(t for steps in self.path.uniform for t in uniform(steps).times)}
+        folder = work.inputs.get("path.schedule")
+        if folder is not None:
+            for each in bellman_schedules(Path(folder), model.digest, f"{work.stage}.path.schedule").values():
+                found.update(each.times)
+        return tuple(sorted(found - {0.0, 1.0}, reverse=True))
 
     def judge(self, maker: Maker) -> Figures:
         """The solver's error on the first pairs, measured once; UsageError where it is above `tolerance`."""

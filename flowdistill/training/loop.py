@@ -313,12 +313,13 @@ class _Trainer:
         measured: dict[str, Any] = {}
         for number, (file, weights) in enumerate(files.items()):
             self.plain.load_state_dict(weights)
+            whole = stage.finished(self.plain.eval())
             if number == 0:
-                measured = stage.conclude(self.plain.eval())
+                measured = stage.conclude(whole)
                 if self.perceptual is not None:
                     measured = {"perceptual_distance": self.perceptual.label, **measured}
             card = self.student.card.model_copy(update={"figures": measured})
-            replace(self.student, card=card, network=self.plain).write(self.work.folder / file, stage.weights)
+            replace(self.student, card=card, network=whole).write(self.work.folder / file, stage.weights)
         size = {
             "parameters": sum(p.numel() for p in self.plain.parameters()),
             "processes": self.work.world.size,
