@@ -104,23 +104,24 @@ def read_recipe(name: str, overrides: Sequence[str] | None = None) -> recipe.Rec
 
 def without_recipe(
     verb: str,
-    settings: dict[str, Any],
+    stages: Sequence[dict[str, Any]],
     model: str,
     label: str,
     overrides: Sequence[str] | None,
     seed: int | None,
     out: Path | None,
 ) -> Pipeline:
-    """The recipe that nobody had to write: one stage, on one model; `label` tells its results from others."""
-    from flowdistill import recipe, stages, teachers
+    """The recipe that nobody had to write, on one model; `label` tells its results from others of `verb`."""
+    from flowdistill import recipe, teachers
     from flowdistill.pipeline import Pipeline
+    from flowdistill.stages import verbs
 
     teachers.identify(model)
-    content = {"teacher": model, "stages": [{verb: settings}]}
+    content = {"teacher": model, "stages": list(stages)}
     slug = re.sub("[^a-z0-9]+", "-", f"{model.lower()}{label}")[-60:].strip("-")
     folder = out or Path("runs", verb, slug)
     data = json.dumps(content).encode()
-    return Pipeline(recipe.parse(data, Path(f"<{verb}>"), stages.verbs(), _all(overrides, seed), folder))
+    return Pipeline(recipe.parse(data, Path(f"<{verb}>"), verbs(), _all(overrides, seed), folder))
 
 
 def _all(overrides: Sequence[str] | None, seed: int | None) -> list[str]:

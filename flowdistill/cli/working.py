@@ -183,6 +183,14 @@ def boss(
             help="in place of --nfe, without a recipe: as many evaluations as one sample may take, like 20ms",
         ),
     ] = None,
+    straighten: Annotated[
+        bool,
+        typer.Option(
+            "--straighten",
+            help="without a recipe: then train the model on the chords of its schedules; -s "
+            "straighten.steps=N says how long",
+        ),
+    ] = False,
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help=f"without a recipe: {options.MODEL_HELP}")
     ] = "builtin:shapes",
@@ -200,11 +208,13 @@ def boss(
 ) -> None:
     """Reads a recipe or, without one, a model. Writes schedule-nfeN.json for every N, for `flowdistill sample
     --schedule`, and boss.safetensors with what they come from; without a recipe into a folder of runs/boss.
-    Prints the times and what they gain over uniform steps.
+    Prints the times and what they gain over uniform steps. With --straighten, a model that was trained for
+    them follows in the folder `straighten`.
 
     \b
     Examples:
       flowdistill boss --nfe 4
+      flowdistill boss --nfe 4 --straighten
       flowdistill boss quickstart --nfe 2 --nfe 6 --out runs/boss-6
     """
     wanted = sorted(set(nfe or ()))
@@ -212,11 +222,16 @@ def boss(
         if recipe is not None or wanted:
             raise UsageError("--latency-budget: is for --model, and in place of --nfe: leave those out")
         wanted = [_evaluations_within(latency_budget, model, device)]
+    if straighten:
+        if recipe is not None:
+            raise UsageError("--straighten: is for --model; a recipe has a stage `straighten`")
+        wanted = wanted or [4]
     if recipe is None:
-        target: str | None = "boss"
+        target: str | None = "straighten" if straighten else "boss"
         label = "-nfe-" + "-".join(map(str, wanted)) if wanted else ""
         settings = {"nfe": wanted} if wanted else {}
-        pipeline = options.without_recipe("boss", settings, model, label, overrides, seed, out)
+        stages = [{"boss": settings}, *(_straightening(settings) if straighten else ())]
+        pipeline = options.without_recipe("boss", stages, model, label, overrides, seed, out)
     else:
         pipeline = options.open_recipe(recipe, overrides, seed, out)
         target = pipeline.select("boss", stage)
@@ -226,6 +241,15 @@ def boss(
     _work(
         context.obj, pipeline, target, device, max_time, only=only, fresh=fresh, as_json=as_json, quiet=quiet
     )
+
+
+def _straightening(nfe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages that follow `boss`: the model's paths, as many as in the paper, and a training on them."""
+    training = {"batch_size": 64, "optimizer": {"warmup": 100, "decay": "cosine"}, "ema": {"decay": 0.998}}
+    return [
+        {"pairs": {"name": "paths", "count": 5000, "path": {"schedule": "boss"}}},
+        {"straighten": {"schedule": "boss", "steps": 2000, **nfe, **training}},
+    ]
 
 
 def _evaluations_within(budget: str, model: str, device: str) -> int:
@@ -273,7 +297,8 @@ def evaluate(
       flowdistill eval builtin:shapes -s eval.samples=1000
     """
     if options.is_model(target):
-        pipeline = options.without_recipe("eval", {"models": ["teacher"]}, target, "", overrides, seed, out)
+        stages = [{"eval": {"models": ["teacher"]}}]
+        pipeline = options.without_recipe("eval", stages, target, "", overrides, seed, out)
         chosen: str | None = "eval"
     else:
         pipeline = options.open_recipe(target, overrides, seed, out)
