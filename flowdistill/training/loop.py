@@ -321,9 +321,12 @@ class _Trainer:
             card = self.student.card.model_copy(update={"figures": measured})
             replace(self.student, card=card, network=whole).write(self.work.folder / file, stage.weights)
         size = {
-            "parameters": sum(p.numel() for p in self.plain.parameters()),
+            "parameters": sum(p.numel() for p in whole.parameters()),
+            "trained": sum(p.numel() for p in self.plain.parameters() if p.requires_grad),
             "processes": self.work.world.size,
         }
+        if size["trained"] == size["parameters"]:
+            del size["trained"]
         if state.setbacks:
             size["not_finite"] = state.setbacks
         rates = {"images_per_second": steps * stage.batch_size / seconds, "seconds": seconds}
