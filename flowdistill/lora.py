@@ -46,8 +46,12 @@ def merged(network: nn.Module) -> nn.Module:
     for module in list(whole.modules()):
         if parametrize.is_parametrized(module):
             assert isinstance(module.parametrizations, nn.ModuleDict)
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            weights = {name: getattr(module, name).detach() for name in module.parametrizations}
+            # Not by torch's own removal: it empties the class, which the copy shares with the original.
+            module.__class__ = type(module).__bases__[0]
+            del module.parametrizations
+            for name, weight in weights.items():
+                module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     return whole
 
 

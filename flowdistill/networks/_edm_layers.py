@@ -214,9 +214,10 @@ class Block(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         batch, size = len(x), x.shape[1] // self.heads
         # Checkpoints order these channels by head, channel, kind; attention kernels want the kinds apart.
+        assert self.qkv.bias is not None
         weight, bias = (
             each.reshape(self.heads, size, 3, -1).permute(2, 0, 1, 3).flatten(0, 2)
-            for each in self.qkv.parameters()
+            for each in (self.qkv.weight, self.qkv.bias)
         )
         tokens = self.norm2(x).flatten(2).transpose(1, 2)
         split = F.linear(tokens, weight, bias[:, 0]).view(batch, -1, 3, self.heads, size)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def _waves(time: Tensor, count: int) -> Tensor:
@@ -27,7 +29,7 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
 
 
-def _silence(layer: nn.Module) -> nn.Module:
+def _silence(layer: Layer) -> Layer:
     """The layer with zero weights, so that a block starts as the identity."""
     for weights in layer.parameters():
         nn.init.zeros_(weights)
@@ -132,10 +134,9 @@ class Attention(nn.Module):
         return x + change.transpose(1, 2).reshape(x.shape)
 
 
-def _pointwise(conv: nn.Module, pixels: Tensor) -> Tensor:
+def _pointwise(conv: nn.Conv1d, pixels: Tensor) -> Tensor:
     """A convolution of one pixel on [B, N, C]: the layout that attention wants."""
-    weight, bias = conv.parameters()
-    return F.linear(pixels, weight[:, :, 0], bias)
+    return F.linear(pixels, conv.weight[:, :, 0], conv.bias)
 
 
 class Stage(nn.ModuleList):

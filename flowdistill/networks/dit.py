@@ -173,7 +173,7 @@ class Times(nn.Module):
         # bfloat16 features could not tell SiT's times apart that are closer than 1/256.
         kind = time.device.type
         with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
-            embedding: Tensor = self.mlp(time_features(time).to(self.get_parameter("mlp.0.weight").dtype))
+            embedding: Tensor = self.mlp(time_features(time).to(next(self.parameters()).dtype))
         return embedding
 
 

@@ -254,13 +254,19 @@ class OnPairs(Training):
             return lpipsdistance.lpips_distance(loss.distance, card, file)
         return None
 
-    def distance(self, loss: Loss, batch: Batch) -> Distance | None:
-        """The perceptual distance for a loss, of a share of the samples where it says so."""
-        if batch.perceptual is None or not isinstance(loss, Compared) or loss.share == 1:
+    def distance(self, loss: Loss, batch: Batch, among: Tensor | None = None) -> Distance | None:
+        """The perceptual distance for a loss, of a share of the samples where it says so.
+
+        0 for samples that are not `among` [B] bool, where that is given.
+        """
+        if batch.perceptual is None or not isinstance(loss, Compared) or (loss.share == 1 and among is None):
             return batch.perceptual
         total = batch.draw.total
         count = max(1, round(loss.share * total))
-        return of_some(batch.perceptual, batch.draw.chosen("perceptual", count), total / count)
+        chosen = batch.draw.chosen("perceptual", count)
+        if among is not None:
+            chosen &= among.cpu()
+        return of_some(batch.perceptual, chosen, total / count)
 
 
 @cache

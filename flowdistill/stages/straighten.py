@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from flowdistill.chords import ChordSource, Drawn, bellman_schedules
 from flowdistill.errors import UsageError
-from flowdistill.objectives import Loss, SquaredL2, of_some
+from flowdistill.objectives import Loss, SquaredL2
 from flowdistill.optimization import Lora
 from flowdistill.recipe import Reference
 from flowdistill.schedule import Schedule, uniform
@@ -118,9 +118,8 @@ class Straighten(OnPairs):
         v_hat = network(x_t, t, batch.labels)
         loss, terms = self.loss(v_hat, v, x_t, t, self.distance(self.loss, batch))
         if self.last is not None:
-            at_end, distance = s == 0, self.distance(self.last, batch)
-            chosen = of_some(distance, at_end, 1.0) if distance is not None else None
-            last, _ = self.last(v_hat, v, x_t, t, chosen)
+            at_end = s == 0
+            last, _ = self.last(v_hat, v, x_t, t, self.distance(self.last, batch, at_end))
             loss = last.where(at_end, loss)
         return loss, {**terms, "t": t}
 
