@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from typing import TYPE_CHECKING, Any
 
 from flowdistill.errors import MissingInput
@@ -28,16 +29,32 @@ STYLE: Any = {
     "svg.hashsalt": "flowdistill",
 }
 
+_FOR_PAGES = (
+    (r"(?s)<!--.*?-->\s*", ""),
+    (r"(?s)<defs>\s*<style.*?</style>\s*</defs>\s*", ""),  # it would be the whole page's
+    (r'<g id="[^"]*">', "<g>"),
+    (r" *\n *(?=[A-Zz\"])", " "),
+    (r"\n\s+", "\n"),
+    ("#b0b0b0", "var(--grid, #b0b0b0)"),
+    *((colour, f"var(--line-{number}, {colour})") for number, colour in enumerate(COLOURS)),
+)
+"""What is taken out of matplotlib's SVG, or replaced, where it stands in a page."""
+
 
 def available() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes [rows, columns]; MissingInput without matplotlib."""
+def require() -> None:
+    """Raise `MissingInput` where matplotlib is not installed."""
     if not available():
         raise MissingInput("plots need matplotlib; get it with pip install 'flowdistill[plots]'")
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure of so many inches, and its axes [rows, columns]; MissingInput without matplotlib."""
+    require()
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -53,10 +70,19 @@ def png(drawn: Figure, dpi: int = 144) -> bytes:
     return _saved(drawn, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def svg(drawn: Figure) -> str:
-    """The same text for the same figure, without the XML declaration: to stand within a page."""
-    text = _saved(drawn, format="svg", metadata={"Date": None, "Creator": None}, transparent=True).decode()
-    return text[text.index("<svg") :]
+def svg(drawn: Figure, ids: str = "") -> str:
+    """The same text for the same figure, without the XML declaration: to stand within a page.
+
+    Black is drawn in the page's own text colour, colour i of `COLOURS` in its `--line-i` and grids in its
+    `--grid`, so that a dark page is readable too. `ids` begins all ids, which must differ among the figures
+    of one page.
+    """
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    text = _saved(drawn, format="svg", metadata=nothing, transparent=True).decode()
+    text = text[text.index("<svg") :].replace("<svg ", '<svg fill="currentColor" ', 1)
+    for pattern, replacement in _FOR_PAGES:
+        text = re.sub(pattern, replacement, text)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{ids}", text).replace("#000000", "currentColor")
 
 
 def _saved(drawn: Figure, **how: Any) -> bytes:

@@ -19,7 +19,7 @@ import typer
 
 from flowdistill import __version__
 from flowdistill.boundary import Invocation
-from flowdistill.cli import adopting, drawing, looking, working
+from flowdistill.cli import adopting, drawing, judging, looking, reporting, working
 from flowdistill.errors import UsageError
 
 # typer shows only this exception of its own copy of click; the base is what a wrong command line raises.
@@ -59,8 +59,9 @@ def application() -> typer.Typer:
     for verb, about in stage_verbs().items():
         command = working.OWN_COMMANDS.get(verb) or working.stage_command(verb)
         _add_one(app, verb, f"{about}\n\n{cleandoc(command.__doc__ or '')}", command)
+    _add(app, judging.compare, judging.gate)
     _add(app, drawing.sample, adopting.import_, adopting.export, adopting.probe)
-    _add(app, looking.inspect, looking.verify, looking.validate)
+    _add(app, reporting.report, looking.inspect, looking.verify, looking.validate)
     recipes = typer.Typer(rich_markup_mode=None)
     recipes.callback(invoke_without_command=True)(_help)
     _add(recipes, looking.ls, looking.show, looking.copy)
