@@ -340,15 +340,23 @@ def _choices(found: Sequence[Mapping[str, Any]]) -> None:
             continue
         written = f"{each['solver']}, {each['schedule']}"
         judged = [interval(choice["held_out"][name]) for name in ("uniform", "chosen")]
+        distances = [_distance(choice["held_out"][name]) for name in ("uniform", "chosen")]
         said = "better than uniform" if choice["improved"] else "nothing beat uniform"
-        rows.append([str(each["nfe"]), str(len(choice["candidates"])), written, *judged, said])
+        rows.append([str(each["nfe"]), str(len(choice["candidates"])), written, *judged, *distances, said])
     if rows:
-        table(("NFE", "tried", "written", "endpoint error: uniform Euler", "best of them", ""), rows)
+        errors = ("endpoint error: uniform Euler", "best of them")
+        headings = ("NFE", "tried", "written", *errors, "Fréchet distance: uniform Euler", "best of them", "")
+        shown = [column for column in range(len(headings)) if column == 7 or any(row[column] for row in rows)]
+        table([headings[column] for column in shown], [[row[column] for column in shown] for row in rows])
         typer.echo("The errors are those of noises that had no say in the choice.\n")
 
 
+def _distance(outcome: Mapping[str, Any]) -> str:
+    return interval(outcome["fd"]) if "fd" in outcome else ""
+
+
 def _schedules(finished: Finished) -> None:
-    names = [name for name in finished.manifest.outputs if name.startswith("schedule-")]
+    names = [name for name in finished.manifest.outputs if name.endswith(".json")]
     found = [artifact.load_json(finished.folder / name) for name in names]
     headings = ("NFE", "local cost: uniform", "BOSS", "endpoint error: uniform", "BOSS", "BOSS is")
     rows = []
@@ -367,3 +375,5 @@ def _schedules(finished: Finished) -> None:
             f"{each['nfe']} evaluations",
             {key: " ".join(f"{t:.4g}" for t in each[key]) for key in ("times", "sigmas") if key in each},
         )
+    if "pictures" in finished.manifest.figures:
+        typer.echo(f"pictures of these: {finished.manifest.figures['pictures']}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ARRAYS = (".npz", ".safetensors")
 _LABELS = ("labels", "label", "y", "arr_1")
 
 
@@ -52,10 +53,8 @@ def open_samples(source: str, shape: Sequence[int]) -> Samples:
     path = Path(source)
     if path.is_dir():
         return _pictures(path, shape)
-    if path.suffix == ".npz":
-        return _arrays(_npz(path), path, shape)
-    if path.suffix == ".safetensors":
-        return _arrays(artifact.load_tensors(path)[0], path, shape)
+    if path.suffix in ARRAYS:
+        return among(arrays(path), path, shape)
     if not path.exists():
         raise MissingInput(
             f"{path}: no such file or folder; expected images in a folder, a .npz, a .safetensors, or one of "
@@ -105,6 +104,11 @@ def _picture(file: Path, shape: Sequence[int]) -> Tensor:
     return _scaled(pixels.permute(2, 0, 1))
 
 
+def arrays(path: Path) -> dict[str, Tensor]:
+    """All that a .npz or .safetensors holds, by name; MissingInput and ArtifactError as `open_samples`."""
+    return _npz(path) if path.suffix == ".npz" else artifact.load_tensors(path)[0]
+
+
 def _npz(path: Path) -> dict[str, Tensor]:
     import numpy as np
     import torch
@@ -118,7 +122,7 @@ def _npz(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path}: cannot be read as an array ({error})") from None
 
 
-def _arrays(found: Mapping[str, Tensor], path: Path, shape: Sequence[int]) -> Samples:
+def among(found: Mapping[str, Tensor], path: Path, shape: Sequence[int]) -> Samples:
     """The samples and labels among named arrays."""
     labels = next((found[name] for name in _LABELS if name in found and found[name].ndim == 1), None)
     named = [name for name in sorted(found) if found[name].ndim > 1]

@@ -1,4 +1,4 @@
-"""The stage that tries many ways to sample: its trajectories, its choice, its files and their readers."""
+"""The stage that tries many ways to sample: its choice, its files and their readers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.interpolate import CubicHermiteSpline
 from test_cli import Shell
 from test_evaluate import evaluate, noises
 from test_stages import GAUSSIAN, Straight, make, work
 from torch import Tensor
 
-from flowdistill import artifact, networks
+from flowdistill import artifact, networks, plots
 from flowdistill.analytic import gaussian
 from flowdistill.errors import ArtifactError, Diverged
 from flowdistill.evaluation import metrics
@@ -24,10 +23,11 @@ from flowdistill.flow import VelocityField
 from flowdistill.multistep import fitted
 from flowdistill.randomness import noise
 from flowdistill.schedule import Schedule, uniform
-from flowdistill.solvers import SOLVERS, Solver, integrate, multistep
-from flowdistill.stages import boss
-from flowdistill.stages.boss import TENSORS, Boss, Meter, by_euler, by_heun, file_name
+from flowdistill.solvers import SOLVERS, integrate, multistep
+from flowdistill.stages.boss import TENSORS, Boss, file_name, picture_name
 from flowdistill.teachers import Card, Model, open_model
+from flowdistill.tuning import candidates
+from flowdistill.tuning.trials import Meter, Noises
 from flowdistill.work import Progress, Work
 
 SMALL = {"grid": 20, "trajectories": 32, "held_out": 32}
@@ -38,79 +38,6 @@ TINY = ("-s", "boss.grid=8", "-s", "boss.trajectories=4", "-s", "boss.held_out=1
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     monkeypatch.chdir(tmp_path)
     return Shell(capsys)
-
-
-# The fine trajectory ---------------------------------------------------------------------------------------
-
-
-def exact(eps: Tensor, t: float) -> Tensor:
-    """Where the Gaussian's flow is at t."""
-    flow = gaussian((2,))
-    return (1 - t) * flow.means[0] + (((1 - t) * flow.stds[0]) ** 2 + t**2).sqrt() * eps
-
-
-EPS = noise(0, range(16), (2,)).double()
-
-
-@pytest.mark.parametrize("steps", [2, 3, 10, 11])
-def test_between_heuns_steps_lie_hermites_cubics(steps: int) -> None:
-    """As many evaluations as Euler's steps take, all of them at the nodes."""
-    asked: list[float] = []
-
-    def field(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        asked.append(round(float(t[0]), 9))
-        found: Tensor = gaussian((2,))(x, t)
-        return found
-
-    fine = uniform(steps)
-    states, speeds = by_heun(field, EPS, None, fine)
-    assert states.shape == (steps + 1, 16, 2) and speeds.shape == (steps, 16, 2)
-    nodes = [i for i in range(steps + 1) if i % 2 == 0 or i == steps]
-    assert len(asked) == steps and set(asked) <= {round(fine.times[i], 9) for i in nodes}
-    seen: list[Tensor] = []
-    coarse = Schedule(tuple(fine.times[i] for i in nodes), "nodes")
-    seen.append(integrate(field, EPS, coarse, SOLVERS["heun"], None, lambda i, t, x, v: seen.append(x)))
-    torch.testing.assert_close(states[nodes], torch.stack(seen), rtol=0, atol=0)
-    slopes = torch.stack([field(states[i], EPS.new_full((16,), fine.times[i]), None) for i in nodes])
-    torch.testing.assert_close(speeds[nodes[:-1]], slopes[:-1], rtol=0, atol=0)
-    upwards = [fine.times[i] for i in nodes][::-1]
-    cubic = CubicHermiteSpline(upwards, states[nodes].flip(0), slopes.flip(0))
-    for i in range(1, steps, 2):
-        assert torch.from_numpy(cubic(fine.times[i])).sub(states[i]).abs().max() < 1e-12
-        assert torch.from_numpy(cubic(fine.times[i], 1)).sub(speeds[i]).abs().max() < 1e-11
-
-
-def test_the_cubics_are_of_fourth_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At nodes that are exact; half the distance makes a sixteenth of the error, of states and velocities."""
-
-    def perfect(
-        field: VelocityField, x: Tensor, schedule: Schedule, solver: Solver, y: Any, keep: Any
-    ) -> Any:
-        for i, t in enumerate(schedule.times[:-1]):
-            keep(i, t, exact(x, t), field(exact(x, t), x.new_full((len(x),), t), y))
-        return exact(x, 0.0)
-
-    monkeypatch.setattr(boss, "integrate", perfect)
-    flow, errors = gaussian((2,)), []
-    for steps in (20, 40):
-        times = uniform(steps).times
-        states, speeds = by_heun(flow, EPS, None, uniform(steps))
-        truth = [exact(EPS, t) for t in times]
-        slopes = [flow(x, x.new_full((16,), t)) for x, t in zip(truth, times[:-1], strict=False)]
-        found = (states - torch.stack(truth), speeds - torch.stack(slopes))
-        errors.append(torch.tensor([float(each.abs().max()) for each in found]))
-    assert ((errors[0] / errors[1] > 12) & (errors[0] / errors[1] < 20)).all()
-    assert errors[1].max() < 1e-3
-
-
-def test_heuns_trajectory_is_nearer_to_the_flow_than_eulers() -> None:
-    flow, fine = gaussian((2,)), uniform(20)
-    truth = torch.stack([exact(EPS, t) for t in fine.times])
-    heun, euler = (
-        float((solve(flow, EPS, None, fine)[0] - truth).square().mean().sqrt())
-        for solve in (by_heun, by_euler)
-    )
-    assert heun < euler / 4
 
 
 # What is not finite ----------------------------------------------------------------------------------------
@@ -151,9 +78,10 @@ def test_a_solution_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pyte
     stage = make(Boss, grid=5, nfe=[2], held_out=16)
     monkeypatch.setattr(Model, "field", property(lambda self: at_times(31 / 32)))
     given = work(tmp_path, stage, {"model": GAUSSIAN})
-    stage.calibrate(given.model(), uniform(5), Meter(given, 1))
+    noises = Noises(given.model(), Meter(given, 1), 8)
+    stage.calibrate(noises)
     with pytest.raises(Diverged, match="accurate solution is not finite"):
-        stage.halves(given.model(), Meter(given, 1))
+        stage.halves(noises)
 
 
 def test_a_candidate_that_is_lost_only_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +92,7 @@ def test_a_candidate_that_is_lost_only_loses(tmp_path: Path, monkeypatch: pytest
     stage.run(work(tmp_path, stage, {"model": GAUSSIAN}))
     table = artifact.load_json(tmp_path / file_name(3))["choice"]["candidates"]
     values = {row["name"]: row["value"] for row in table}
-    assert {name for name, value in values.items() if value == boss.LOST} == {
+    assert {name for name, value in values.items() if value == candidates.LOST} == {
         f"{solver}, shifted-1.25" for solver in ("euler", "ab2", "dpm++2m")
     }
 
@@ -176,9 +104,8 @@ def run(folder: Path, model: Any, **settings: Any) -> tuple[dict[int, dict[str, 
     stage = make(Boss, **{**SMALL, **settings})
     seen: list[Progress] = []
     done = stage.run(replace(work(folder, stage, {"model": model}), report=seen.append))
-    assert (
-        set(done.outputs) == {path.name for path in folder.iterdir()} == {TENSORS, *map(file_name, stage.nfe)}
-    )
+    made = {TENSORS, *map(file_name, stage.nfe), *map(picture_name, stage.nfe)}
+    assert made == set(done.outputs) == {path.name for path in folder.iterdir() if path.is_file()}
     found = {k: artifact.load_json(folder / file_name(k)) for k in stage.nfe}
     for k, content in found.items():
         figures = done.figures["schedules"][str(k)]
@@ -186,10 +113,14 @@ def run(folder: Path, model: Any, **settings: Any) -> tuple[dict[int, dict[str, 
     return found, seen
 
 
-@pytest.mark.parametrize("choice", ["best", "boss"])
+@pytest.mark.parametrize("choice", [
+    {}, {"choose": "boss"}, {"choose": "euler"}, {"refine": "knots", "refine_trajectories": 21},
+    {"refine": "coefficients"}, {"choose": "euler", "refine": "knots", "refine_trajectories": 16},
+], ids=lambda choice: "-".join(map(str, choice.values())))  # fmt: skip
 @pytest.mark.parametrize("reference", ["heun", "euler"])
-def test_the_evaluations_are_counted_beforehand(choice: str, reference: str, tmp_path: Path) -> None:
-    _, seen = run(tmp_path, GAUSSIAN, nfe=[1, 2, 3], choose=choice, reference=reference, grid=9, held_out=17)
+def test_the_evaluations_are_counted_beforehand(choice: Any, reference: str, tmp_path: Path) -> None:
+    settings = {"nfe": [1, 2, 3], "grid": 9, "held_out": 17, "refine_rollouts": 20, **choice}
+    _, seen = run(tmp_path, GAUSSIAN, reference=reference, **settings)
     assert seen[-1].done == seen[-1].total
     assert [each.done for each in seen] == sorted(each.done for each in seen)
 
@@ -240,7 +171,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     settings = {"nfe": [2, 3], "held_out": 16, "trajectories": 8}
     for name in ("one", "other"):
         run(tmp_path / name, GAUSSIAN, **settings)
-    for path in (tmp_path / "one").iterdir():
+    for path in (each for each in (tmp_path / "one").iterdir() if each.is_file()):
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
     stage = make(Boss, **{**SMALL, **settings})
     stage.run(replace(work(tmp_path / "third", stage, {"model": GAUSSIAN}), seed=6))
@@ -255,7 +186,7 @@ def test_nothing_beats_uniform_steps_where_paths_are_straight(
     network = Straight(gaussian((3,)))
     if kind == "still":
         network.std, network.mean = torch.ones(3), torch.zeros(3)
-    model = replace(open_model(GAUSSIAN), network=network)
+    model = replace(open_model(GAUSSIAN), network=network, digest=artifact.digest(kind))
     monkeypatch.setattr(Work, "model", lambda self: model)
     found, _ = run(tmp_path, GAUSSIAN, nfe=[1, 2, 4])
     for k, content in found.items():
@@ -394,6 +325,14 @@ def test_the_command_chooses_and_sample_follows(shell: Shell) -> None:
     (("-s", "boss.held_out=15"), "boss.held_out"),
     (("-s", "boss.choose=worst"), "boss.choose"),
     (("-s", "boss.reference=rk4"), "boss.reference"),
+    (("-s", "boss.cost=l1"), "boss.cost"),
+    (("--refine", "all"), "boss.refine"),
+    (("--refine", "knots", "-s", "boss.choose=boss"), "with choose: boss would not be written"),
+    (("--refine", "coefficients", "-s", "boss.choose=euler"), "coefficients are not Euler's; use knots"),
+    (
+        ("--refine", "coefficients", "-s", "boss.refine_trajectories=255"),
+        "refine_trajectories: coefficients need 256 or more",
+    ),
 ])  # fmt: skip
 def test_the_command_refuses_in_one_line(arguments: tuple[str, ...], message: str, shell: Shell) -> None:
     answer = shell("boss", "-q", *TINY, *arguments)
@@ -402,24 +341,6 @@ def test_the_command_refuses_in_one_line(arguments: tuple[str, ...], message: st
 
 
 # How many trajectories -------------------------------------------------------------------------------------
-
-
-def test_the_root_of_squared_errors_is_a_cost_too(tmp_path: Path) -> None:
-    """Both by hand, from the errors of single trajectories along Euler's steps."""
-    settings = {"grid": 6, "trajectories": 5, "nfe": [2], "held_out": 16, "reference": "euler"}
-    given = work(tmp_path, make(Boss, **settings), {"model": {"name": "analytic:mixture", "dim": 2}})
-    model, fine = given.model(), uniform(6)
-    eps, labels = noise(5, range(5), (2,)), model.labels(5, range(5))
-    states, speeds = by_euler(model.field, eps, labels, fine)
-    for cost, power in (("l2", 1.0), ("rms", 0.5)):
-        stage = make(Boss, cost=cost, **settings)
-        _, costs = stage.calibrate(model, fine, Meter(given, 1))
-        found = stage.mean_cost(costs)
-        for i in range(6):
-            for j in range(i + 2, 7):
-                jump = states[j] - states[i] - (fine.times[j] - fine.times[i]) * speeds[i]
-                errors = jump.double().square().flatten(1).sum(1) ** power
-                assert found[i, j] == pytest.approx(float(errors.mean()), rel=1e-3)
 
 
 def test_trajectories_end_when_more_would_change_nothing(tmp_path: Path) -> None:
@@ -439,12 +360,6 @@ def test_trajectories_end_when_more_would_change_nothing(tmp_path: Path) -> None
     assert used[0.99] == 8 <= used[0.05] <= used[None] == 64
 
 
-def test_equal_trajectories_leave_nothing_to_regret() -> None:
-    stage = make(Boss, grid=4, nfe=[2])
-    one = boss.local_cost(torch.eye(8, dtype=torch.float64).numpy(), uniform(4).times)
-    assert stage.regret(one[None].repeat(5, axis=0), 2, 0) == 0.0
-
-
 def test_for_programs_that_know_euler_alone_the_best_of_his_is_written(tmp_path: Path) -> None:
     ring = {"name": "analytic:ring"}
     found, seen = run(tmp_path, ring, nfe=[4], choose="euler")
@@ -453,3 +368,53 @@ def test_for_programs_that_know_euler_alone_the_best_of_his_is_written(tmp_path:
     assert {"euler, boss", "euler, uniform"} < {row["name"] for row in choice["candidates"]}
     assert found[4]["solver"] == "euler" and found[4]["sigmas"] == found[4]["times"][:-1]
     assert choice["best"] == choice["candidates"][0]["name"]
+
+
+def test_refine_of_the_command_is_that_of_the_recipes_stage(shell: Shell) -> None:
+    Path("r.yaml").write_text(
+        "teacher: analytic:ring\nstages:\n  - boss: {name: b, nfe: [2], grid: 8, held_out: 16, "
+        "trajectories: 4, refine_trajectories: 16, refine_rollouts: 6}\n"
+    )
+    assert shell("boss", "r.yaml", "--refine", "knots", "--nfe", "3", "-q").code == 0
+    manifest = artifact.Manifest.read(Path("runs/r/b"))
+    assert (manifest.settings["refine"], manifest.settings["nfe"]) == ("knots", [3])
+
+
+def test_where_nothing_can_draw_it_is_said_how_to_get_it(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "available", lambda: False)
+    answer = shell("boss", "--model", "analytic:ring", "--nfe", "2", "-q", *TINY)
+    assert answer.code == 0 and "pip install 'flowdistill[plots]'" in answer.out
+    assert not list(Path("runs").rglob("*.png"))
+
+
+# By the distribution ---------------------------------------------------------------------------------------
+
+
+def test_the_fréchet_distance_chooses_where_it_is_asked_to(tmp_path: Path) -> None:
+    found, _ = run(tmp_path, {"name": "analytic:mixture"}, nfe=[2], criterion="fd", held_out=128)
+    choice = found[2]["choice"]
+    values = [row["fd"]["value"] for row in choice["candidates"]]
+    assert choice["criterion"] == "fd" and values == sorted(values)
+    assert choice["improved"] == (choice["fd_difference"]["high"] < 0)
+    assert choice["candidates"][0]["name"] == choice["best"]
+    assert {"fd", "value"} < set(choice["held_out"]["uniform"])
+
+
+def test_both_columns_are_there_where_both_can_be_computed(shell: Shell) -> None:
+    answer = shell("boss", "--model", "analytic:ring", "--nfe", "2", "-q", *TINY)
+    assert answer.code == 0 and "Fréchet distance: uniform Euler" in answer.out
+    none = shell("boss", "--nfe", "1", "-q", *TINY)  # 8 noises a half, 96 features
+    assert none.code == 0 and "Fréchet" not in none.out
+
+
+def test_the_fréchet_distance_needs_enough_noises_and_features(tmp_path: Path, shell: Shell) -> None:
+    answer = shell("boss", "--nfe", "1", "-q", *TINY, "-s", "boss.criterion=fd")
+    assert answer.code == 2 and "held_out: criterion fd needs 194 noises or more" in answer.err
+    assert "the 96 features of shapes-classifier@" in answer.err and answer.err.endswith("found 16\n")
+    Card(architecture="mlp", arguments={"shape": [2], "width": 8}, shape=(2,)).write(
+        Path("own.safetensors"), networks.build("mlp", {"shape": [2], "width": 8}).state_dict()
+    )
+    answer = shell("boss", "--model", "own.safetensors", "-q", *TINY, "--nfe", "1", "-s", "boss.criterion=fd")
+    assert answer.code == 3 and "criterion: fd needs features of the data" in answer.err

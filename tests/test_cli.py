@@ -112,11 +112,15 @@ OPTIONS = {
     "reflow": f"--procs --prove-resume {STAGE_OPTIONS}",
     "slimflow": f"--procs --prove-resume {STAGE_OPTIONS}",
     "distill": f"--procs --prove-resume {STAGE_OPTIONS}",
-    "boss": f"--latency-budget --model --nfe {STAGE_OPTIONS}",
-    "eval": STAGE_OPTIONS,
+    "straighten": f"--procs --prove-resume {STAGE_OPTIONS}",
+    "boss": f"--latency-budget --model --nfe --refine --straighten {STAGE_OPTIONS}",
+    "eval": f"--procs {STAGE_OPTIONS}",
+    "compare": "--json --margin --row --unpaired --verbose -v",
+    "gate": "--annotate --baseline --json --junit --markdown --rehearse --rule --rules --unpaired --verbose -v",
     "sample": f"--count --force --invert --labels --nfe --schedule --solver --times {WORK_OPTIONS}",
     "import": "--card --classes --force --json --preset --swap --verbose --weights -v",
     "export": "--as --ema --json --mu --schedule --shift --verbose -v",
+    "report": "--compare --json --out --verbose -v",
     "inspect": "--grid --json --verbose -v",
     "probe": "--data --device --json --strict --verbose -v",
     "verify": "--json --quiet --repair --verbose -q -v",
@@ -469,7 +473,7 @@ def test_boss_works_without_a_recipe(shell: Shell) -> None:
 
 def test_nfe_overrides_that_of_the_recipe(shell: Shell) -> None:
     assert shell("boss", "chain.yaml", "--nfe", "3", "-q", "--out", "three").code == 0
-    assert [path.name for path in Path("three/boss").glob("schedule-*")] == ["schedule-nfe3.json"]
+    assert [path.name for path in Path("three/boss").glob("schedule-*.json")] == ["schedule-nfe3.json"]
 
 
 def test_eval_takes_a_model(shell: Shell) -> None:

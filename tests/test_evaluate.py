@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
+from test_lpips import drawn
 from torch import Tensor
 
 from flowdistill import artifact, networks, teachers
 from flowdistill.analytic import gaussian
 from flowdistill.data import SHAPES
 from flowdistill.errors import ArtifactError, Diverged, Interrupted, UsageError
-from flowdistill.evaluation import extractors, metrics, table
+from flowdistill.evaluation import extractors, lpipsdistance, metrics, table
+from flowdistill.evaluation.choices import Measured
+from flowdistill.evaluation.kinds import KINDS
 from flowdistill.networks.classifier import Classifier
 from flowdistill.randomness import key, noise
 from flowdistill.stages.eval import Evaluate
@@ -55,6 +59,7 @@ def evaluate(
     models: Mapping[str, Any],
     schedule: Path | None = None,
     on_progress: Callable[[Progress, Stop], None] = lambda progress, stop: None,
+    inputs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Result:
     """Run the stage as the pipeline does."""
@@ -68,7 +73,7 @@ def evaluate(
     stage = Evaluate.model_validate_json(
         json.dumps({"name": "eval", "models": list(models), **QUICK, **settings})
     )
-    inputs = {"models": list(models.items()), "schedule": schedule}
+    inputs = {"models": list(models.items()), "schedule": schedule, **(inputs or {})}
     work = Work(
         stage="eval", folder=folder, seed=3, device="cpu", inputs=inputs, parents={}, settings={},
         report=report, stop=stop,
@@ -190,11 +195,148 @@ def test_classes_are_as_frequent_as_in_the_data(tmp_path: Path) -> None:
     assert row["fd@2000"]["value"] < 4e-3
 
 
+# --- what each sample has for itself, and what sampling costs -----------------------------------------
+
+
+def upwards(x: Tensor, times: Sequence[float]) -> Tensor:
+    """Euler's steps from the data at t = 0 to the noise, in the Gaussian's flow: see `euler`."""
+    flow = gaussian((2,))
+    y = x - flow.means[0]
+    for s, t in itertools.pairwise(times[::-1]):
+        variance = flow.stds[0] ** 2
+        y = y * (1 + (t - s) * (s - (1 - s) * variance) / ((1 - s) ** 2 * variance + s**2))
+    return y
+
+
+def test_the_way_back_to_the_noise_is_the_same_solvers(tmp_path: Path) -> None:
+    found = evaluate(tmp_path, {"teacher": GAUSSIAN}, nfe=[1, 4, 64], inversion=40)
+    for steps in (1, 4, 64):
+        times = [1 - step / steps for step in range(steps + 1)]
+        expected = metrics.endpoint_error(upwards(euler(noises(40), times), times), noises(40))
+        error = found.tensors[f"teacher-{steps}.inversion"]
+        assert torch.allclose(error, expected, atol=1e-4)
+        figure = found.rows[f"teacher-{steps}"]["metrics"]["inversion@40"]
+        assert figure["value"] == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert found.tensors["teacher-64.inversion"].mean() < 0.1 * found.tensors["teacher-4.inversion"].mean()
+    total = found.progress[-1]
+    assert total.done == total.total
+
+
+def test_solvers_without_a_way_back_and_too_few_samples_say_so(tmp_path: Path) -> None:
+    found = evaluate(tmp_path / "a", {"teacher": GAUSSIAN}, nfe=[2], solver="reinterpolate")
+    assert found.rows["teacher-2-reinterpolate"]["skipped"]["inversion"] == (
+        "solver reinterpolate has no way from data to noise"
+    )
+    found = evaluate(tmp_path / "b", {"teacher": GAUSSIAN}, nfe=[2], inversion=1)
+    assert found.rows["teacher-2"]["skipped"]["inversion"] == "fewer than 2 samples; raise `inversion`"
+
+
+def test_every_figure_is_in_the_samples_as_a_mean_an_influence_or_a_quantile(tmp_path: Path) -> None:
+    found = evaluate(tmp_path, {"teacher": "analytic:ring"}, nfe=[2], inversion=8)
+    row, tensors = found.rows["teacher-2"]["metrics"], found.tensors
+    for name, figure in row.items():
+        kind, n = name.split("@")
+        assert kind in KINDS and figure["n"] == int(n) and figure["low"] <= figure["value"] <= figure["high"]
+        stem = f"teacher-2.{'correct' if kind == 'accuracy' else kind}"
+        if stem in tensors:
+            assert float(tensors[stem].double().mean()) == pytest.approx(figure["value"], rel=1e-9)
+            assert len(tensors[stem]) == figure["n"]
+        elif f"{stem}.influence" in tensors:
+            influence = tensors[f"{stem}.influence"].double()
+            assert len(influence) == 600 and abs(float(influence.mean())) < 1e-6 * float(influence.std())
+        else:
+            share = {"endpoint_error_median": 0.5, "endpoint_error_p95": 0.95}[kind]
+            assert figure["value"] == pytest.approx(
+                float(tensors["teacher-2.endpoint_error"].quantile(share))
+            )
+    assert {name.partition("@")[0] for name in row} == {
+        "fd", "kd", "precision", "recall", "accuracy", "inversion",
+        "endpoint_error", "endpoint_error_median", "endpoint_error_p95",
+    }  # fmt: skip
+    assert (found.content["format"], found.content["preprocessing"]) == (1, None)
+    own = found.content["features"]["shipped"]
+    assert own["extractor"] == found.content["extractor"]
+    assert own["reference"] == "analytic:ring, 600 real samples"
+
+
+def test_images_are_compared_with_the_solution_as_images(tmp_path: Path, assets: Path, squeeze: Path) -> None:
+    """A random network's solution, and samples that are their noise."""
+    model, other = unet(tmp_path / "net.safetensors", data="shapes"), tmp_path / "moved.safetensors"
+    unet(other, data="shapes")
+    tensors, header = artifact.load_tensors(other)
+    torch.manual_seed(1)
+    moved = {name: 0.1 * torch.randn_like(each) + each for name, each in tensors.items()}
+    artifact.save_tensors(other, moved, header)
+    lpips = {"net": "squeeze", "resolution": 32, "weights": str(squeeze)}
+    settings: dict[str, Any] = {"samples": 24, "reference": {"steps": 1, "samples": 12}, "straightness": 0}
+    found = evaluate(
+        tmp_path / "eval", {"net": str(other), "still": model}, nfe=[1], lpips=lpips,
+        inputs={"lpips.weights": str(squeeze)}, **settings,
+    )  # fmt: skip
+    eps = noise(key(0, "evaluation"), range(12), (3, 16, 16))
+    labels = found.tensors["label"][:12]
+    solution = eps - teachers.open_model(str(other)).field(eps, torch.ones(12), labels)
+    clamped = (eps.clamp(-1, 1) - solution.clamp(-1, 1)).square().flatten(1).mean(1)
+    expected = 10 * (4 / clamped).log10()
+    assert torch.allclose(found.tensors["still-1.psnr"].float(), expected, rtol=1e-4)
+    assert (found.tensors["net-1.psnr"] == 100).all()
+    card = teachers.open_model(str(other)).card
+    choice = Measured(net="squeeze", resolution=32)
+    published = lpipsdistance.lpips_distance(choice, card, squeeze)
+    assert torch.allclose(found.tensors["still-1.lpips"], published(eps, solution), rtol=1e-4)
+    assert found.rows["still-1"]["metrics"]["lpips@12"]["extractor"] == published.label
+    perceptual = extractors.perceptual(Card(architecture="", shape=(3, 16, 16), data="shapes"))
+    assert perceptual is not None
+    assert torch.allclose(found.tensors["still-1.perceptual"], perceptual(eps, solution), rtol=1e-4)
+    assert not {"lpips", "perceptual"} & found.rows["still-1"]["skipped"].keys()
+
+
+@pytest.mark.parametrize(
+    ("lpips", "reason"),
+    [
+        ({}, "images of 16 pixels are too small for net: alex, which needs 32; give `lpips.resolution`"),
+        ({"resolution": 64}, "alexnet-owt-7be5be79.pth: no such file"),
+    ],
+)
+def test_lpips_that_cannot_be_had_is_skipped(
+    lpips: dict[str, Any], reason: str, tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found = evaluate(
+        tmp_path / "eval", {"net": unet(tmp_path / "net.safetensors", data="shapes")},
+        nfe=[1], samples=4, reference={"steps": 1}, straightness=0, lpips=lpips,
+    )  # fmt: skip
+    assert reason in found.rows["net-1"]["skipped"]["lpips"]
+    assert "lpips@4" not in found.rows["net-1"]["metrics"]
+
+
+def test_guidance_makes_two_passes_where_it_applies(tmp_path: Path) -> None:
+    """Of the times 1, 0.75, 0.5 and 0.25, one lies within."""
+    guidance = {"scale": 2.0, "interval": [0.3, 0.6]}
+    model = unet(tmp_path / "net.safetensors", data="shapes", null_label=8)
+    teacher = {"name": model, "guidance": guidance, "probe": False}
+    settings: dict[str, Any] = {"samples": 4, "reference": {"steps": 1}, "straightness": 0}
+    found = evaluate(tmp_path / "eval", {"guided": teacher, "plain": model}, nfe=[4], **settings)
+    passes = {name: (row["nfe"], row["forward_passes"]) for name, row in found.rows.items()}
+    assert passes == {"guided-4": (4, 5), "plain-4": (4, 4)}
+
+
+def test_multiply_adds_are_those_of_the_network(tmp_path: Path) -> None:
+    path = still(tmp_path / "still.safetensors")
+    found = evaluate(tmp_path / "eval", {"still": path, "teacher": GAUSSIAN}, nfe=[1]).content["models"]
+    network = teachers.open_model(path).network
+    layers = [each for each in network.modules() if isinstance(each, torch.nn.Linear)]
+    assert found["still"]["macs"] == sum(each.weight.numel() for each in layers) > 0
+    assert found["still"]["parameters"] == sum(each.numel() for each in network.parameters())
+    assert found["teacher"]["macs"] is None, "a formula is no network"
+
+
 # --- keeping and comparing ------------------------------------------------------------------------
 
 
-def without_latency(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name != "latency"}
+def lasting(content: dict[str, Any]) -> dict[str, Any]:
+    """What is the same whenever it is measured."""
+    return {name: each for name, each in content.items() if name not in ("latency", "throughput", "memory")}
 
 
 def test_an_interrupted_evaluation_continues_and_ends_the_same(tmp_path: Path) -> None:
@@ -216,12 +358,15 @@ def test_an_interrupted_evaluation_continues_and_ends_the_same(tmp_path: Path) -
     continued = evaluate(folder, {"teacher": "analytic:ring"}, **settings)
     assert kept.items() <= {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").iterdir()}.items()
     assert continued.progress[-1].done == total
-    assert without_latency(continued.content) == without_latency(whole.content)
+    assert lasting(continued.content) == lasting(whole.content)
     for name in ("samples.safetensors", "grid.png"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     again = evaluate(folder, {"teacher": "analytic:ring"}, **settings)
     assert again.content == continued.content, "latencies are kept too"
     assert set(again.content["latency"]["teacher-4"]) == {"p50_ms", "p95_ms", "runs"}
+    assert again.content["throughput"]["teacher-4"]["batch_size"] == 128
+    assert again.content["throughput"]["teacher-4"]["samples_per_second"] > 0
+    assert again.content["memory"]["teacher-4"]["peak_mb"] > 10
 
 
 def test_what_is_kept_belongs_to_its_settings_and_models(tmp_path: Path) -> None:
@@ -300,6 +445,14 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def squeeze(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a small network of LPIPS."""
+    path = tmp_path_factory.mktemp("squeeze") / "squeeze.safetensors"
+    save_file(drawn("squeeze"), path)
+    return path
+
+
 def unet(path: Path, **card: Any) -> str:
     """A new network, whose velocity is 0."""
     arguments = {"shape": [3, 16, 16], "classes": 8, "channels": 4, "multipliers": [1, 1]}
@@ -335,15 +488,22 @@ def test_what_cannot_be_computed_is_skipped_with_its_reason(tmp_path: Path, asse
         tmp_path / "few", {"net": unet(tmp_path / "net.safetensors", data="shapes")},
         nfe=[1], samples=10, reference={"steps": 1}, straightness=0,
     )  # fmt: skip
-    assert few.rows["net-1"]["skipped"] == {"fd": "10 samples are too few for 14 features"}
+    skipped = few.rows["net-1"]["skipped"]
+    assert set(skipped) == {"fd", "fid", "kid", "lpips", "endpoint_error_p95"}
+    assert skipped["fd"] == "10 samples are too few for 14 features"
+    assert skipped["fid"].startswith("not asked for; `features: {inception: {}}`")
+    assert skipped["endpoint_error_p95"].startswith("10 pairs are too few")
     assert few.content["models"]["net"]["skipped"] == {"straightness": "fewer than 2 paths"}
     foreign = evaluate(
         tmp_path / "foreign", {"net": unet(tmp_path / "other.safetensors")},
         nfe=[1], samples=20, reference={"steps": 1},
     )  # fmt: skip
     reason = "there is no feature extractor for the data of the model"
-    assert foreign.rows["net-1"]["skipped"] == {"fd": reason, "accuracy": reason}
-    assert list(foreign.rows["net-1"]["metrics"]) == ["endpoint_error@20"]
+    kinds = {"fd", "kd", "precision", "recall", "accuracy"}
+    skipped = foreign.rows["net-1"]["skipped"]
+    assert {kind for kind, why in skipped.items() if why == reason} == kinds
+    found = {name.partition("@")[0] for name in foreign.rows["net-1"]["metrics"]}
+    assert found == {"endpoint_error", "endpoint_error_median", "psnr", "inversion"}
     assert set(foreign.content["data"]["skipped"]) == {"fd", "accuracy"}
     assert foreign.content["extractor"] is None
     assert foreign.tensors["label"].shape == (20,)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from torch import Tensor
 
+from flowdistill import foreign
 from flowdistill.analytic import Mixture, gaussian, ring
 from flowdistill.evaluation import metrics
 from flowdistill.randomness import noise
@@ -295,3 +298,73 @@ def test_one_step_is_straight_and_a_curved_flow_is_not() -> None:
     assert float(one.max()) < 1e-20
     assert float(many.min()) >= 0.0
     assert float(many.mean()) > 0.1
+
+
+# --- quantiles, PSNR, moments in parts ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "share"), [(40, 0.5), (41, 0.5), (200, 0.95), (73, 0.95), (512, 0.95)])
+def test_the_interval_of_a_quantile_is_binomial_and_as_narrow_as_can_be(count: int, share: float) -> None:
+    found = metrics.quantile_interval(torch.arange(count).flip(0), share)
+    assert found is not None and found.method == "order statistics"
+    below = scipy.stats.binom(count, share)
+    low, high = int(found.low), int(found.high)  # each value is its own place
+    assert below.cdf(low) <= 0.025 < below.cdf(low + 1)
+    assert below.sf(high) <= 0.025 < below.sf(high - 1)
+    assert found.value == pytest.approx(float(np.quantile(np.arange(count), share)))
+
+
+def test_the_interval_of_a_quantile_covers_it_whatever_the_distribution() -> None:
+    draws = noise(11, range(500), (100,)).double().exp()
+    for share, truth in ((0.5, 1.0), (0.95, float(np.exp(1.6448536)))):
+        estimates = [metrics.quantile_interval(row, share) for row in draws]
+        covered = sum(each is not None and each.low <= truth <= each.high for each in estimates) / 500
+        assert covered >= 0.94
+
+
+def test_too_few_values_have_no_interval_of_a_quantile() -> None:
+    assert metrics.quantile_interval(torch.arange(5), 0.5) is None
+    assert metrics.quantile_interval(torch.arange(6), 0.5) is not None
+    assert metrics.quantile_interval(torch.arange(71), 0.95) is None
+    assert metrics.quantile_interval(torch.arange(72), 0.95) is not None
+
+
+def test_psnr() -> None:
+    """A constant error of 0.2 in a range of 2 is 20 dB; what is outside the range counts as its end."""
+    x = torch.zeros(3, 1, 4, 4)
+    other = torch.stack([x[0] + 0.2, x[1], x[2] + 0.02])
+    assert metrics.psnr(x, other).tolist() == pytest.approx([20.0, 100.0, 40.0], abs=1e-4)
+    assert metrics.psnr(x + 1, x + 3).tolist() == [100.0] * 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 500])
+def test_moments_are_the_same_in_parts_of_any_size(size: int) -> None:
+    features = 100 + noise(0, range(500), (12,)) @ noise(1, range(12), (12,))
+    seen = metrics.Moments()
+    for part in features.split(size):
+        seen.add(part)
+    for found, expected in zip(seen.result(), metrics.moments(features), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
+
+
+def test_frechet_is_torch_fidelitys_own() -> None:
+    """Their function on the same features, the means in float64 as ours are."""
+    foreign.load("torch_fidelity")
+    theirs = importlib.import_module("torch_fidelity.metric_fid")
+    real, made = noise(1, range(700), (96,)), (noise(2, range(600), (96,)) + 0.2).relu()
+    statistics = [theirs.fid_features_to_statistics(each.double()) for each in (made, real)]
+    expected = theirs.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    found = metrics.Reference(*metrics.moments(real)).estimate(made)
+    assert found.value == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_influence_on_the_frechet_distance_is_that_of_leaving_out() -> None:
+    reference = metrics.Reference(torch.zeros(4), torch.diag(spread(4) ** 2))
+    features = 0.3 + 1.2 * spread(4) * noise(3, range(400), (4,))
+    found, influence = reference.measure(features)
+    keep = ~torch.eye(400, dtype=torch.bool)
+    without = torch.tensor([reference.distance(*metrics.moments(features[row])) for row in keep]).double()
+    pseudo = 399 * (found.value - without)
+    assert float(torch.corrcoef(torch.stack([influence, pseudo]))[0, 1]) > 0.999
+    assert float(influence.std() / pseudo.std()) == pytest.approx(1.0, rel=0.02)
+    assert float(influence.mean()) == pytest.approx(0.0, abs=1e-12)

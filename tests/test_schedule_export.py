@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flowdistill import artifact, foreign
 from flowdistill.errors import ArtifactError, MissingInput, UsageError
-from flowdistill.evaluation.candidates import Candidate
+from flowdistill.tuning.candidates import Candidate
 from flowdistill.exchange import export_schedule, schedules
 from flowdistill.schedule import Schedule
 from flowdistill.solvers import SOLVERS, integrate

@@ -20,13 +20,14 @@ from flowdistill import artifact, networks, randomness
 from flowdistill.analytic import Mixture, gaussian
 from flowdistill.conventions import Convention
 from flowdistill.errors import UsageError
+from flowdistill.tuning.trials import Meter, Noises
 from flowdistill.flow import interpolate, velocity
 from flowdistill.pairstore import PairStore
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, integrate
 from flowdistill.sources import Draws
 from flowdistill.stages import Stage, Training, verbs
-from flowdistill.stages.boss import TENSORS, Boss, Meter, file_name
+from flowdistill.stages.boss import TENSORS, Boss, file_name, picture_name
 from flowdistill.stages.pairs import Pairs
 from flowdistill.stages.reflow import Reflow
 from flowdistill.teachers import Card, open_model
@@ -641,18 +642,16 @@ def test_schedule_files_hold_the_optimal_path_and_its_measurement(tmp_path: Path
         assert content["local_cost"]["boss"] <= content["local_cost"]["uniform"] * (1 + 1e-9)
     assert artifact.load_json(tmp_path / file_name(20))["local_cost"]["boss"] == pytest.approx(0.0, abs=1e-9)
     assert artifact.load_json(tmp_path / file_name(4))["held_out"]["verdict"] == "better"
-    assert set(done.outputs) == {TENSORS, *map(file_name, (1, 4, 20))}
+    assert set(done.outputs) == {TENSORS, *map(file_name, (1, 4, 20)), *map(picture_name, (1, 4, 20))}
     assert np.isfinite(cost).all()
 
 
 def test_the_measurement_is_on_noises_that_calibration_has_not_seen(tmp_path: Path) -> None:
     stage = make(Boss, grid=5, trajectories=10, nfe=[2], held_out=17, batch_size=4)
     model = open_model(GAUSSIAN)
-    meter = Meter(work(tmp_path, stage, {"model": GAUSSIAN}), 1)
-    calibrated = torch.cat([noise for noise, _ in stage._noises(model, meter, 0, 10)])
-    choosing, judging = (
-        torch.cat([noise for noise, _, _ in half.batches]) for half in stage.halves(model, meter)
-    )
+    noises = Noises(model, Meter(work(tmp_path, stage, {"model": GAUSSIAN}), 1), 4)
+    calibrated = torch.cat([noise for _, noise, _ in noises(0, 10)])
+    choosing, judging = (torch.cat([noise for noise, _, _ in half.batches]) for half in stage.halves(noises))
     assert torch.equal(calibrated, randomness.noise(5, range(10), (3,)))
     assert torch.equal(choosing, randomness.noise(5, range(10, 18), (3,)))
     assert torch.equal(judging, randomness.noise(5, range(18, 27), (3,)))

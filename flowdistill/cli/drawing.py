@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flowdistill.boundary import tell
-from flowdistill.cli import options
+from flowdistill.cli import options, preview
 from flowdistill.cli.options import Device, Json, Quiet, Verbose
 from flowdistill.errors import UsageError
 
@@ -75,7 +75,8 @@ def sample(
     """Draw samples of a model.
 
     Reads a model, and a schedule if one is given. Writes samples.safetensors and, for images and points in
-    the plane, grid.png, in place of those of an earlier call. Sample i depends on the seed and i alone.
+    the plane, grid.png, in place of those of an earlier call, and shows it where the terminal can (kitty,
+    iTerm2, WezTerm, Ghostty). Sample i depends on the seed and i alone.
 
     With --invert, reads samples too. Writes their noises to noise.safetensors, what these are drawn as to
     samples.safetensors, and grid.png with the originals above; prints how far the two are apart.
@@ -118,6 +119,8 @@ def sample(
             f"noise        |noise|^2 / d is {trip.noise:.3g}, of normal noise 1",
             *files,
         )
+    if files[-1].suffix == ".png" and not (as_json or quiet):
+        preview.preview(files[-1])
 
 
 def _labels(text: str | None) -> list[int] | None:

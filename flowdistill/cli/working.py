@@ -194,6 +194,14 @@ def boss(
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help=f"without a recipe: {options.MODEL_HELP}")
     ] = "builtin:shapes",
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            "--refine",
+            metavar="knots|coefficients",
+            help="make the best of them better by rollouts: its times, or its coefficients too",
+        ),
+    ] = None,
     stage: StageName = None,
     only: Only = False,
     overrides: Overrides = None,
@@ -215,7 +223,6 @@ def boss(
     Examples:
       flowdistill boss --nfe 4
       flowdistill boss --nfe 4 --straighten
-      flowdistill boss quickstart --nfe 2 --nfe 6 --out runs/boss-6
     """
     wanted = sorted(set(nfe or ()))
     if latency_budget is not None:
@@ -226,17 +233,19 @@ def boss(
         if recipe is not None:
             raise UsageError("--straighten: is for --model; a recipe has a stage `straighten`")
         wanted = wanted or [4]
+    refined = {"refine": refine} if refine else {}
     if recipe is None:
         target: str | None = "straighten" if straighten else "boss"
         label = "-nfe-" + "-".join(map(str, wanted)) if wanted else ""
         settings = {"nfe": wanted} if wanted else {}
-        stages = [{"boss": settings}, *(_straightening(settings) if straighten else ())]
+        stages = [{"boss": {**settings, **refined}}, *(_straightening(settings) if straighten else ())]
         pipeline = options.without_recipe("boss", stages, model, label, overrides, seed, out)
     else:
         pipeline = options.open_recipe(recipe, overrides, seed, out)
         target = pipeline.select("boss", stage)
-        if wanted:  # the name that the override needs is known only now
-            overrides = [*(overrides or ()), f"{target}.nfe={wanted}"]
+        given = {**({"nfe": wanted} if wanted else {}), **refined}
+        if given:  # the name that the override needs is known only now
+            overrides = [*(overrides or ()), *(f"{target}.{key}={value}" for key, value in given.items())]
             pipeline = options.open_recipe(recipe, overrides, seed, out)
     _work(
         context.obj, pipeline, target, device, max_time, only=only, fresh=fresh, as_json=as_json, quiet=quiet
@@ -280,6 +289,7 @@ def evaluate(
     overrides: Overrides = None,
     out: Out = None,
     device: Device = "auto",
+    procs: Procs = 1,
     seed: Seed = None,
     fresh: Fresh = False,
     max_time: MaxTime = None,
@@ -289,12 +299,12 @@ def evaluate(
 ) -> None:
     """Reads a recipe, or a model to be evaluated as it is. Writes eval.json with every number and its
     interval, samples.safetensors with the rows behind them, and grid.png; without a recipe into a folder of
-    runs/eval.
+    runs/eval. Several processes, of --procs or a launcher, take the batches in turn, and find the same.
 
     \b
     Examples:
       flowdistill eval quickstart
-      flowdistill eval builtin:shapes -s eval.samples=1000
+      flowdistill eval builtin:shapes -s eval.samples=1000 --procs 2
     """
     if options.is_model(target):
         stages = [{"eval": {"models": ["teacher"]}}]
@@ -304,7 +314,17 @@ def evaluate(
         pipeline = options.open_recipe(target, overrides, seed, out)
         chosen = pipeline.select("eval", stage)
     _work(
-        context.obj, pipeline, chosen, device, max_time, only=only, fresh=fresh, as_json=as_json, quiet=quiet
+        context.obj,
+        pipeline,
+        chosen,
+        device,
+        max_time,
+        procs=procs,
+        again=_again(target, overrides, seed, out, device),
+        only=only,
+        fresh=fresh,
+        as_json=as_json,
+        quiet=quiet,
     )
 
 
@@ -335,7 +355,8 @@ def _work(
 
     invocation.stop = stop = options.time_limit(max_time)
     if processes.launched() > 1:
-        _check_shareable(pipeline, target, fresh or procs > 1 or prove_resume)
+        alone = fresh or procs > 1 or prove_resume
+        _check_shareable(pipeline, [target] if only and target else pipeline.needed(target), alone)
     doing = _Doing(pipeline, device, procs, again, stop, quiet)
     if prove_resume:
         assert target is not None
@@ -443,9 +464,9 @@ def _is_collective(pipeline: Pipeline, target: str | None) -> bool:
     return any(pipeline.stages[name].collective for name in pipeline.needed(target))
 
 
-def _check_shareable(pipeline: Pipeline, target: str | None, alone: bool) -> None:
-    """Refuse what several processes that a launcher has started cannot do together."""
-    for name in pipeline.needed(target):
+def _check_shareable(pipeline: Pipeline, names: Sequence[str], alone: bool) -> None:
+    """Refuse those of the stages that several processes which a launcher has started cannot do together."""
+    for name in names:
         if not pipeline.can_share(name):
             raise UsageError(
                 f"stage '{name}' is not for several processes: do it in one, and others under the launcher"

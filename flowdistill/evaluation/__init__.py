@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_SHOWN = ("fd", "accuracy", "endpoint_error")
+_SHOWN = ("fd", "fid", "accuracy", "endpoint_error")
 """Metrics that have a column, without the number of samples; the file has more."""
 
 

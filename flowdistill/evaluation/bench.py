@@ -1,115 +1,40 @@
 """The measuring itself: every row samples the same noises and is compared with the same solution.
 
-What is finished (the real data, the accurate solution, the paths of a model, a row) is kept in
-`checkpoints/`, so an evaluation that was interrupted continues with the next part.
+What is finished (the real data, the accurate solution, the paths of a model, a row) is kept, so an
+evaluation that was interrupted continues with the next part.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flowdistill import artifact, randomness
 from flowdistill.errors import Diverged
-from flowdistill.evaluation import extractors, metrics
-from flowdistill.schedule import Schedule, uniform
-from flowdistill.solvers import SOLVERS, Solver, integrate, nfe
-from flowdistill.work import Progress, Work, batches
+from flowdistill.evaluation import costs, instruments, metrics, targets
+from flowdistill.evaluation.kinds import distances
+from flowdistill.evaluation.parts import Part, Parts
+from flowdistill.evaluation.realdata import RealData
+from flowdistill.evaluation.rows import Plan, Row
+from flowdistill.schedule import uniform
+from flowdistill.solvers import SOLVERS, integrate
+from flowdistill.work import Work
 
 if TYPE_CHECKING:
     from flowdistill.solvers import OnStep
-    from flowdistill.teachers import Model
 
-_CHECKPOINTS = "checkpoints"
 _SHOWN_IMAGES, _SHOWN_POINTS = 10, 1000
 """Samples of a row that the picture shows."""
-_TIMED_MS, _TIMED_LEAST, _TIMED_MOST = 1000.0, 5, 50
-"""A latency comes from runs of about so long in all, but from at least and at most so many."""
-
-Part: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
-"""What was measured of one thing: tensors with a row for each sample, and figures for JSON."""
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One way to sample one model."""
-
-    name: str
-    model: Model
-    solver: Solver
-    schedule: Schedule
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations of the network for one sample."""
-        return nfe(self.solver, self.schedule)
-
-    @property
-    def caption(self) -> str:
-        """Names the row: `teacher, 4 NFE`, `teacher, 4 NFE, boss`, `teacher, 63 NFE, heun`."""
-        return ", ".join([self.name, f"{self.nfe} NFE", *self._unusual])
-
-    @property
-    def id(self) -> str:
-        """Names the row in files: `teacher-4`, `teacher-4-boss`."""
-        return "-".join([self.name, str(self.nfe), *self._unusual])
-
-    @property
-    def _unusual(self) -> list[str]:
-        words = (self.schedule.name, self.solver.name)
-        return [word for word in words if word not in ("uniform", "euler")]
-
-    def facts(self) -> dict[str, Any]:
-        """What, beside the noise, its samples depend on, for JSON."""
-        steps = {"solver": self.solver.name, "schedule": self.schedule.name, "nfe": self.nfe}
-        return {"model": self.name, **steps, "times": list(self.schedule.times)}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The rows of an evaluation, and on how many samples what is measured."""
-
-    rows: tuple[Row, ...]
-    accurate: Row
-    """The solution that endpoints are compared with."""
-    samples: int
-    pairs: int
-    """Samples whose solution is computed."""
-    paths: int
-    """Samples whose straightness is measured."""
-    path_steps: int
-    batch_size: int
-    seed: int
-    latency: bool
-
-    @property
-    def models(self) -> dict[str, Model]:
-        """The models of the rows, by name."""
-        return {row.name: row.model for row in self.rows}
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of a network in all, counted by sample."""
-        paths = self.paths * self.path_steps * len(self.models)
-        rows = self.samples * sum(row.nfe for row in self.rows)
-        return self.pairs * self.accurate.nfe + paths + rows
-
-    def facts(self) -> dict[str, Any]:
-        """What any part of the evaluation depends on, for JSON."""
-        return {
-            "accurate": self.accurate.facts(),
-            "models": {row.name: row.model.digest for row in (self.accurate, *self.rows)},
-            "samples": [self.samples, self.pairs, self.paths, self.path_steps, self.batch_size],
-            "seed": self.seed,
-            "latency": self.latency,
-        }
+_QUANTILES = {"endpoint_error_median": 0.5, "endpoint_error_p95": 0.95}
+_NOT_FINITE = -1.0
+"""In the place of a round trip's error."""
 
 
 class Bench:
@@ -122,118 +47,183 @@ class Bench:
     def __init__(self, plan: Plan, work: Work) -> None:
         self.plan, self.work = plan, work
         self.card = plan.accurate.model.card
-        self.extractor = extractors.extractor(self.card, work.device)
         # Apart from what any training draws, whatever its seed.
         self.seed = randomness.key(plan.seed, "evaluation")
         self.shown = _SHOWN_POINTS if len(self.card.shape) == 1 else _SHOWN_IMAGES
-        self.done = 0
-        artifact.create_folder(work.folder / _CHECKPOINTS)
-
-    @cached_property
-    def real(self) -> Part:
-        """Index and label of all samples; figures of fresh real ones, which no model can beat."""
-        return self._kept("real", {}, 0, self._measure_real)
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Labels [samples] on the CPU, for models with classes."""
-        return self.real[0].get("label")
+        self.instruments = instruments.equip(plan.accurate.model, work.device, plan.wanted)
+        given = None
+        if (path := plan.reference_data) is not None:
+            given = targets.given(path, self.card, work.parents.get(path) or artifact.fingerprint(Path(path)))
+        described = [plan.facts(), self.instruments.labels, given.fingerprint if given else None]
+        self.parts = Parts(work, plan.batch_size, described, plan.evaluations)
+        self.real = RealData(plan, self.instruments, self.parts, given, self.seed)
+        # Here and not where they are first needed, since all processes have to make a part in step.
+        self.targets = self.real.targets
+        self.labels: Tensor | None = self.real.samples.get("label")
 
     @cached_property
     def solution(self) -> Tensor:
         """Where the accurate row takes the first noises, [pairs, *shape]."""
         cost = self.plan.pairs * self.plan.accurate.nfe
-        return self._kept("solution", {}, cost, self._solve_accurately)[0]["x"]
+        return self.parts.kept("solution", {}, cost, self._solve_accurately)[0]["x"]
 
     def straightness(self, name: str) -> dict[str, Any]:
         """Figures of how straight a model's paths are."""
         row = Row(name, self.plan.models[name], SOLVERS["euler"], uniform(self.plan.path_steps))
         cost = self.plan.paths * row.nfe
-        return self._kept("paths", row.facts(), cost, lambda: self._measure_paths(row))[1]
+        return self.parts.kept("paths", row.facts(), cost, lambda: self._measure_paths(row))[1]
 
-    def measure(self, row: Row) -> Part:
-        """A row against the real data and, sample by sample, against the solution.
+    def measured(self) -> list[tuple[Row, Part]]:
+        """Every row against the reference and, sample by sample, against the solution.
 
-        Tensors: `endpoint_error` [pairs], `correct` [samples] where there are classes, and the
-        samples that are `shown`.
+        Tensors by kind: values [n] whose mean is the figure, for what is no mean `KIND.influence`,
+        `correct` [samples] where there are classes, and the samples that are `shown`. On a GPU the
+        statistics of a row are computed while the next one is sampled.
         """
-        cost = self.plan.samples * row.nfe
-        return self._kept("row", row.facts(), cost, lambda: self._measure_row(row))
+        rows = {row: self.parts.path("row", row.facts()) for row in self.plan.rows}
+        assert len(self.solution)  # made by all processes in step
+        with ThreadPoolExecutor(1) as beside:
+            before = beside.submit(lambda: None)
+            for row, path in rows.items():
+                if not self.parts.any(not path.exists()):
+                    self.parts.advance(self.plan.cost(row))
+                    continue
+                found, cost = self._sample(row)
+                before.result()
+                if found is not None:
+                    before = beside.submit(self._conclude, row, found, cost, path)
+                if self.work.device == "cpu":
+                    before.result()
+            before.result()
+        self.work.world.wait()
+        return [(row, artifact.load_tensors(path)) for row, path in rows.items()]
+
+    def latency(self, row: Row) -> dict[str, float]:
+        """Milliseconds from one noise to its sample; for when all else is done, by the first process."""
+        return self.parts.kept("latency", row.facts(), 0, lambda: self._measure_latency(row))[1]
 
     # --- parts ------------------------------------------------------------------------------------
 
-    def _kept(self, part: str, facts: Mapping[str, Any], cost: int, make: Callable[[], Part]) -> Part:
-        """What `make` gives, or gave before an interruption; `cost` in evaluations of the network."""
-        extractor = self.extractor.label if self.extractor else None
-        key = artifact.digest([self.plan.facts(), extractor, facts])[:16]
-        path = self.work.folder / _CHECKPOINTS / f"{part}-{key}.safetensors"
-        if path.exists():
-            self._advance(cost)
-        else:
-            artifact.save_tensors(path, *make())
-        return artifact.load_tensors(path)
+    def _solve_accurately(self) -> Part | None:
+        row = self.plan.accurate
+        found = self.parts.gathered(
+            self.parts.batches(self.plan.pairs), lambda part: {"x": self._solve(row, part).cpu()}, row.nfe
+        )
+        return None if found is None else (found, {})
 
-    def _measure_real(self) -> Part:
-        indices = torch.arange(self.plan.samples)
-        real = extractors.real(self.card)
-        if real is None:
-            drawn = self.plan.accurate.model.labels(self.seed, range(len(indices)))
-            reason = f"there is no way to draw from data '{self.card.data}'"
-            figures = {"metrics": {}, "skipped": {"fd": reason, "accuracy": reason}}
-            return _present(index=indices, label=drawn), figures
-        tally, labels = _Tally(self.extractor), []
-        count = min(real.count or len(indices), len(indices))
-        for part in self._batches(len(indices)):
-            self.work.stop.check()
-            x, label = real.batch(indices[part], self.seed)
-            labels.append(label)
-            if part.start < count:
-                tally.add(x[: count - part.start].to(self.work.device))
-        known = torch.cat(labels) if self.card.classes else None
-        figures = tally.conclude(None if known is None else known[:count])[1]
-        return _present(index=indices, label=known), figures
-
-    def _solve_accurately(self) -> Part:
-        accurate, parts = self.plan.accurate, self._batches(self.plan.pairs)
-        return {"x": torch.cat([self._solve(accurate, part).cpu() for part in parts])}, {}
-
-    def _measure_paths(self, row: Row) -> Part:
+    def _measure_paths(self, row: Row) -> Part | None:
         if self.plan.paths < 2:
             return {}, {"metrics": {}, "skipped": {"straightness": "fewer than 2 paths"}}
-        found = [self._along(row, part) for part in self._batches(self.plan.paths)]
-        squared, plain, displacement = (torch.cat(column) for column in zip(*found, strict=True))
-        dimensions = math.prod(self.card.shape)
-        estimates = metrics.straightness(squared, plain, displacement, dimensions, self.seed)
+        parts = self.parts.batches(self.plan.paths)
+        found = self.parts.gathered(parts, lambda part: self._along(row, part), row.nfe)
+        if found is None:
+            return None
+        columns = found["squared"], found["plain"], found["displacement"]
+        estimates = metrics.straightness(*columns, math.prod(self.card.shape), self.seed)
         skipped = {} if "curvature" in estimates else {"curvature": "the samples are their noise"}
-        return {}, {"metrics": _figures(estimates, paths=f"{row.nfe} Euler steps"), "skipped": skipped}
+        figures = metrics.named(estimates, paths=f"{row.nfe} Euler steps")
+        return {}, {"metrics": figures, "skipped": skipped}
 
-    def _measure_row(self, row: Row) -> Part:
-        tally, errors, shown = _Tally(self.extractor), [], []
-        for part in self._batches(self.plan.samples):
-            x = self._solve(row, part)
-            tally.add(x)
-            shown.append(x[: max(0, self.shown - part.start)].cpu())
+    def _sample(self, row: Row) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """All that is to be known of each sample, for the first process, and what sampling took."""
+        timed: list[tuple[int, float]] = []
+        costs.forget_peak(self.work.device)
+
+        def read(part: slice) -> dict[str, Tensor]:
+            started = time.perf_counter()
+            x = self._solve(row, part)  # which waits for the device
+            timed.append((len(x), time.perf_counter() - started))
             paired = self.solution[part]
-            errors.append(metrics.endpoint_error(x[: len(paired)], paired))
-        tensors, figures = tally.conclude(self.labels if row.model.card.classes else None)
-        error = torch.cat(errors)
-        estimate = metrics.mean_interval(error, self.seed)
-        figures["metrics"] |= _figures({"endpoint_error": estimate})
-        if self.plan.latency:
-            figures["latency"] = self._latency(row)
-        return {**tensors, "endpoint_error": error, "shown": torch.cat(shown)}, figures
+            return {
+                "shown": x[: max(0, self.shown - part.start)].cpu(),
+                **self.real.read(x),
+                **self.instruments.compare(x[: len(paired)], paired),
+                **self._round_trip(row, x, part),
+            }
+
+        found = self.parts.gathered(self.parts.batches(self.plan.samples), read, row.nfe)
+        memory = costs.peak_memory(self.work.device)
+        return found, {"memory": memory, **({"throughput": costs.throughput(timed)} if timed else {})}
+
+    def _conclude(self, row: Row, found: dict[str, Tensor], cost: dict[str, Any], path: Path) -> None:
+        """Write what is to be known of a row."""
+        there = [reader for reader in self.real.readers if reader.key in self.targets]
+        compared = [targets.compare(each.key, found[each.key], self.targets[each.key]) for each in there]
+        labels = self.labels if row.model.card.classes else None
+        tensors, figures = targets.summary(there, compared, found.get("classes"), labels)
+        values, paired, skipped = self._paired(row, found)
+        for reader in self.real.readers:
+            if reader not in there:
+                reason = f"there is no way to draw from data '{self.card.data}'; give `reference_data`"
+                skipped |= dict.fromkeys(distances(reader.key), reason)
+        figures["metrics"] |= paired
+        figures["skipped"] = {**self.instruments.absent, **skipped, **figures["skipped"]}
+        artifact.save_tensors(path, {**tensors, **values, "shown": found["shown"]}, {**figures, **cost})
+
+    def _paired(
+        self, row: Row, found: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+        """Values, figures and what is left out of that which each sample has for itself."""
+        values: dict[str, Tensor] = {}
+        figures: dict[str, Any] = {}
+        skipped: dict[str, str] = {}
+        for kind in ("endpoint_error", "psnr", *self.instruments.paired):
+            if kind in found:
+                label = getattr(self.instruments.paired.get(kind), "label", None)
+                estimate = {kind: metrics.mean_interval(found[kind], self.seed)}
+                figures |= metrics.named(estimate, **({"extractor": label} if label else {}))
+                values[kind] = found[kind]
+        for kind, share in _QUANTILES.items():
+            quantile = metrics.quantile_interval(found["endpoint_error"], share)
+            if quantile is None:
+                reason = f"{self.plan.pairs} pairs are too few for an interval; raise `reference.samples`"
+                skipped[kind] = reason
+            else:
+                figures |= metrics.named({kind: quantile})
+        trips = found.get("inversion")
+        if not row.way_up:
+            skipped["inversion"] = f"solver {row.solver.name} has no way from data to noise"
+        elif trips is None or len(trips) < 2:
+            skipped["inversion"] = "fewer than 2 samples; raise `inversion`"
+        elif bool((trips == _NOT_FINITE).any()):
+            skipped["inversion"] = "the way up is not finite: the model has no velocity at t = 0"
+        else:
+            figures |= metrics.named({"inversion": metrics.mean_interval(trips, self.seed)})
+            values["inversion"] = trips
+        return values, figures, skipped
+
+    def _measure_latency(self, row: Row) -> Part | None:
+        self.parts.check()
+        if self.work.world.rank:
+            return None
+        eps, labels = self._start(row, slice(0, 1))
+
+        def once() -> Tensor:
+            return integrate(row.model.field, eps, row.schedule, row.solver, labels).cpu()  # which waits
+
+        return {}, costs.latency(once)
 
     # --- sampling ---------------------------------------------------------------------------------
 
     def _solve(self, row: Row, part: slice, on_step: OnStep | None = None) -> Tensor:
         """Samples [B, *shape] from the noises `part`, on the device."""
-        self.work.stop.check()
         eps, labels = self._start(row, part)
         x = integrate(row.model.field, eps, row.schedule, row.solver, labels, on_step)
         if not x.isfinite().all():
             raise Diverged(f"{row.caption}: the samples are not finite, the model is of no use")
-        self._advance(len(x) * row.nfe)
+        self.parts.advance(len(x) * row.nfe)
         return x
+
+    def _round_trip(self, row: Row, x: Tensor, part: slice) -> dict[str, Tensor]:
+        """How far the first noises are from those that their samples lead back to, root mean square [b]."""
+        count = min(len(x), self.plan.inversions - part.start)
+        if count < 1 or not row.way_up:
+            return {}
+        eps, labels = self._start(row, slice(part.start, part.start + count))
+        back = integrate(row.model.field, x[:count], row.schedule, row.solver, labels, inverse=True)
+        self.parts.advance(count * row.way_up)
+        error = metrics.endpoint_error(back, eps)
+        return {"inversion": torch.where(error.isfinite(), error, _NOT_FINITE)}
 
     def _start(self, row: Row, part: slice) -> tuple[Tensor, Tensor | None]:
         """Noise [B, *shape], and labels [B] for a model with classes."""
@@ -241,7 +231,7 @@ class Bench:
         labels, device = self.labels if row.model.card.classes else None, self.work.device
         return eps.to(device), None if labels is None else labels[part].to(device)
 
-    def _along(self, row: Row, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _along(self, row: Row, part: slice) -> dict[str, Tensor]:
         """`metrics.deviations` of the paths `part`."""
         states: list[Tensor] = []
         velocities: list[Tensor] = []
@@ -251,69 +241,5 @@ class Bench:
             velocities.append(v.cpu())
 
         end = self._solve(row, part, keep).cpu()
-        return metrics.deviations(row.schedule.times, velocities, states[0], end)
-
-    def _latency(self, row: Row) -> dict[str, float]:
-        """Milliseconds from one noise to its sample, by the host's clock."""
-        eps, labels = self._start(row, slice(0, 1))
-        runs: list[float] = []
-        while len(runs) <= _TIMED_LEAST or (len(runs) <= _TIMED_MOST and sum(runs) < _TIMED_MS):
-            started = time.perf_counter()
-            # The copy waits for the device.
-            integrate(row.model.field, eps, row.schedule, row.solver, labels).cpu()
-            runs.append(1000 * (time.perf_counter() - started))
-        # The first run warms up.
-        middle, late = torch.tensor(runs[1:]).quantile(torch.tensor([0.5, 0.95])).tolist()
-        return {"p50_ms": middle, "p95_ms": late, "runs": len(runs) - 1}
-
-    def _batches(self, count: int) -> Iterator[slice]:
-        return (slice(part.start, part.stop) for part in batches(range(count), self.plan.batch_size))
-
-    def _advance(self, evaluations: int) -> None:
-        self.done += evaluations
-        self.work.report(Progress(self.done, self.plan.evaluations, "evaluation"))
-
-
-class _Tally:
-    """What the extractor reads in samples that come in batches."""
-
-    def __init__(self, extractor: extractors.Extractor | None) -> None:
-        self.extractor = extractor
-        self.features: list[Tensor] = []
-        self.classes: list[Tensor] = []
-
-    def add(self, x: Tensor) -> None:
-        """Read samples [B, *shape]."""
-        if self.extractor is not None:
-            features, classes = self.extractor.read(x)
-            self.features.append(features)
-            self.classes += [] if classes is None else [classes]
-
-    def conclude(self, labels: Tensor | None) -> Part:
-        """Fréchet distance from the real data, and how often the labels [n] are recognised."""
-        if self.extractor is None:
-            reason = "there is no feature extractor for the data of the model"
-            return {}, {"metrics": {}, "skipped": {"fd": reason, "accuracy": reason}}
-        features, found, skipped = torch.cat(self.features), {}, {}
-        if len(features) > features.shape[1]:
-            found["fd"] = self.extractor.reference.estimate(features)
-        else:
-            skipped["fd"] = f"{len(features)} samples are too few for {features.shape[1]} features"
-        tensors = {}
-        if labels is not None and self.classes:
-            classes = torch.cat(self.classes)
-            tensors["correct"] = classes == labels
-            found["accuracy"] = metrics.accuracy(classes, labels)
-        else:
-            skipped["accuracy"] = "the model or its data has no classes"
-        figures = _figures(found, extractor=self.extractor.label)
-        return tensors, {"metrics": figures, "skipped": skipped}
-
-
-def _figures(estimates: Mapping[str, metrics.Estimate], **how: str) -> dict[str, Any]:
-    """For JSON, with the number of samples in each metric's name."""
-    return {f"{name}@{each.n}": {**each.as_dict(), **how} for name, each in estimates.items()}
-
-
-def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
+        found = metrics.deviations(row.schedule.times, velocities, states[0], end)
+        return dict(zip(("squared", "plain", "displacement"), found, strict=True))

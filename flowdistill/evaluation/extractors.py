@@ -117,6 +117,12 @@ class Perceptual:
             total = total + (_unit(maps) - target).square().sum(1).mean((1, 2))
         return total
 
+    def features(self, x: Tensor) -> Tensor:
+        """[B, *shape] -> [B, F]: the distance is the square of these vectors' distance."""
+        network, _ = _classifier(self.path, str(x.device))
+        maps = (_unit(each) / each[0, 0].numel() ** 0.5 for each in network.stages(x.float()))
+        return torch.cat([each.flatten(1) for each in maps], dim=1)
+
 
 def perceptual(card: Card, path: Path | None = None) -> Perceptual | None:
     """The perceptual distance for the data of a model; None where there is none."""

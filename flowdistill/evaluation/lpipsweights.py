@@ -97,15 +97,15 @@ def _package_heads(net: str) -> Checkpoint:
     return checkpoints.read(folder / "weights" / "v0.1" / f"{net}.pth")
 
 
-def _command(path: Path, wanted: Published) -> str:
-    return f"curl -L --create-dirs -o {shlex.quote(str(path))} {URL}{wanted.file}"
+def _command(path: Path, url: str) -> str:
+    return f"curl -L --create-dirs -o {shlex.quote(str(path))} {url}"
 
 
 def locate(net: str) -> Path:
     """Where torchvision keeps the weights of `net`; MissingInput, with how to get them, where it does not."""
     wanted = PUBLISHED[net]
     path = cache() / wanted.file
-    command = _command(path, wanted)
+    command = _command(path, URL + wanted.file)
     if not path.exists():
         raise MissingInput(
             f"{path}: no such file; LPIPS with net: {net} needs these weights of torchvision's "
@@ -123,24 +123,28 @@ def fetch(net: str) -> Path:
     """
     wanted = PUBLISHED[net]
     path = cache() / wanted.file
-    if path.exists():
-        return path
+    if not path.exists():
+        download(URL + wanted.file, path, wanted.sha256)
+    return path
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Put a file there whole, with a SHA-256 that begins so, or raise `MissingInput`."""
+    create_folder(path.parent)
     from torch.hub import download_url_to_file
 
-    create_folder(path.parent)
     try:
-        download_url_to_file(URL + wanted.file, str(path), hash_prefix=wanted.sha256, progress=False)
+        download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
     except (OSError, RuntimeError) as error:  # no network; another SHA-256
         raise MissingInput(
-            f"{URL}{wanted.file}: cannot be downloaded: {str(error).partition(chr(10))[0]}\n"
-            f"get it on another machine: {_command(path, wanted)}"
+            f"{url}: cannot be downloaded: {str(error).partition(chr(10))[0]}\n"
+            f"get it on another machine: {_command(path, url)}"
         ) from None
-    return path
 
 
 def _cached(net: str) -> Checkpoint:
     wanted, path = PUBLISHED[net], locate(net)
-    command = _command(path, wanted)
+    command = _command(path, URL + wanted.file)
     checkpoint = checkpoints.read(path)
     if not checkpoint.sha256.startswith(wanted.sha256):
         raise ArtifactError(

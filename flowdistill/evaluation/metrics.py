@@ -7,7 +7,7 @@ the Fréchet distance is a small difference of large traces.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from flowdistill import randomness
 
-_Z = 1.959963984540054
+NORMAL_95 = 1.959963984540054
 """Standard deviations either side that hold 95 % of a normal distribution."""
 _RESAMPLES = 4000
 _NORMAL_FROM = 2000
 """From this many values on, the mean counts as normal and is not bootstrapped."""
 _DRAWN_AT_ONCE = 2**22
+_PSNR_AT_MOST = 100.0
+"""Of equal images it would be infinite, and so would a mean."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def named(estimates: Mapping[str, Estimate], **how: str) -> dict[str, Any]:
+    """For JSON, with the number of samples in each metric's name."""
+    return {f"{kind}@{each.n}": {**each.as_dict(), **how} for kind, each in estimates.items()}
 
 
 # --- inverted noise ---------------------------------------------------------------------------------
@@ -87,6 +94,33 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (len(features) - 1)
 
 
+class Moments:
+    """The `moments` of features that come in parts and are not kept (Chan et al. 1979)."""
+
+    mean: Tensor
+    scatter: Tensor
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def add(self, features: Tensor) -> None:
+        """Count features [n, D] in."""
+        features = features.double()
+        n, mean = len(features), features.mean(0)
+        centred = features - mean
+        scatter = centred.T @ centred
+        if self.n:
+            apart, total = mean - self.mean, self.n + n
+            scatter = self.scatter + scatter + torch.outer(apart, apart) * (self.n * n / total)
+            mean = self.mean + apart * (n / total)
+        self.mean, self.scatter = mean, scatter
+        self.n += n
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D], float64."""
+        return self.mean, self.scatter / (self.n - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Moments to which others are compared; the factor of the covariance is computed once.
@@ -113,7 +147,11 @@ class Reference:
         return self._distance(mean, covariance, values)
 
     def estimate(self, features: Tensor) -> Estimate:
-        """Fréchet distance of features [n, D] from the reference.
+        """Fréchet distance of features [n, D] from the reference; see `measure`."""
+        return self.measure(features)[0]
+
+    def measure(self, features: Tensor) -> tuple[Estimate, Tensor]:
+        """Fréchet distance of features [n, D] from the reference, and each sample's influence [n] on it.
 
         The interval is one for the expectation at this n, which exceeds the limit for infinite n
         by about b / n: compare figures of the same n only, and with that of real samples. (A
@@ -132,13 +170,14 @@ class Reference:
         inverse = torch.where(values > floor, values, torch.inf).rsqrt()
         transport = self.root @ (vectors * inverse) @ vectors.T @ self.root
         centred = features.double() - mean
-        linear = 2 * centred @ (mean - self.mean)
+        linear = 2 * centred @ (mean - self.mean.double())
         quadratic = (centred**2).sum(1) - ((centred @ transport) * centred).sum(1)
+        influence = linear + quadratic
         n = len(features)
-        error = float((linear + quadratic).std()) / math.sqrt(n)
+        error = float(influence.std()) / math.sqrt(n)
         value = self._distance(mean, covariance, values)
-        low, high = _around_a_square(value, _Z * error)
-        return Estimate(value, low, high, n, "influence function")
+        low, high = _around_a_square(value, NORMAL_95 * error)
+        return Estimate(value, low, high, n, "influence function"), influence - influence.mean()
 
     def _between(self, covariance: Tensor) -> Tensor:
         """S1^(1/2) S2 S1^(1/2) [D, D]."""
@@ -177,7 +216,7 @@ def mean_interval(values: Tensor, seed: int = 0) -> Estimate:
     if float(values.amax() - values.amin()) == 0.0:
         return Estimate(mean, mean, mean, n, "all equal")
     if n >= _NORMAL_FROM:
-        reach = _Z * float(values.std()) / math.sqrt(n)
+        reach = NORMAL_95 * float(values.std()) / math.sqrt(n)
         return Estimate(mean, mean - reach, mean + reach, n, "normal")
     low, high = _bca(values, seed)
     return Estimate(mean, low, high, n, "bootstrap (BCa)")
@@ -202,12 +241,30 @@ def accuracy(predicted: Tensor, labels: Tensor) -> Estimate:
     """Share of equal entries of two [n] int64, with Wilson's interval: 100 % has a width too."""
     n = len(labels)
     share = float((predicted == labels).double().mean())
-    denominator = 1 + _Z**2 / n
-    centre = (share + _Z**2 / (2 * n)) / denominator
-    reach = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / denominator
+    denominator = 1 + NORMAL_95**2 / n
+    centre = (share + NORMAL_95**2 / (2 * n)) / denominator
+    reach = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n)) / denominator
     # At shares of 0 and 1 an end is the share itself, but for rounding.
     low, high = max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))
     return Estimate(share, low, high, n, "Wilson")
+
+
+def quantile_interval(values: Tensor, share: float) -> Estimate | None:
+    """A quantile of values [n]; None where so few have no two-sided interval.
+
+    The ends are order statistics: the number of values below the quantile is binomial, whatever their
+    distribution (David and Nagaraja 2003, section 7.1). The interval holds it with 95 % or more.
+    """
+    ordered = values.double().cpu().sort().values
+    n = len(ordered)
+    k = torch.arange(n + 1, dtype=torch.float64)
+    log = torch.lgamma(torch.tensor(n + 1.0).double()) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    below = (log + k * math.log(share) + (n - k) * math.log1p(-share)).exp().cumsum(0)
+    low, high = int((below <= 0.025).sum()) - 1, int((below < 0.975).sum())
+    if low < 0 or high >= n:
+        return None
+    value = float(ordered.quantile(share))
+    return Estimate(value, float(ordered[low]), float(ordered[high]), n, "order statistics")
 
 
 def _bca(values: Tensor, seed: int) -> tuple[float, float]:
@@ -219,7 +276,7 @@ def _bca(values: Tensor, seed: int) -> tuple[float, float]:
     # A share of 0 or 1 would be infinitely far out.
     bias = _ndtri(min(max(below, 1 / _RESAMPLES), 1 - 1 / _RESAMPLES))
     ends = []
-    for z in (bias - _Z, bias + _Z):
+    for z in (bias - NORMAL_95, bias + NORMAL_95):
         level = float(torch.special.ndtr(torch.tensor(bias + z / (1 - acceleration * z)).double()))
         ends.append(float(torch.quantile(means, level)))
     return ends[0], ends[1]
@@ -246,6 +303,12 @@ def _resampled_means(values: Tensor, seed: int) -> Tensor:
 def endpoint_error(x: Tensor, reference: Tensor) -> Tensor:
     """Root mean square over the dimensions of x - reference [B, *shape], [B] on the CPU."""
     return (x.cpu().double() - reference.cpu().double()).flatten(1).square().mean(1).sqrt()
+
+
+def psnr(x: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], clamped to it, [B] on the CPU; at most 100."""
+    squares = endpoint_error(x.clamp(-1.0, 1.0), reference.clamp(-1.0, 1.0)).square()
+    return 10 * (4.0 / squares).log10().clamp(max=_PSNR_AT_MOST / 10)
 
 
 def deviations(

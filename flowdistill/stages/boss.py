@@ -9,49 +9,51 @@ rules with memory.
 
 The paper's cost is local, and its solver Euler. So for each number of evaluations many solvers and schedules
 are tried on noises that the calibration has not seen, and what is written is the best of them, unless it is
-no better than uniform Euler steps on yet others. `choose: boss` writes the paper's.
+no better than uniform Euler steps on yet others. `refine` makes the best of them better by real rollouts
+before the choice. `choose: boss` writes the paper's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flowdistill.errors import Diverged
-from flowdistill.evaluation.candidates import Candidate, calibrated, choose, closed
+from flowdistill.errors import MissingInput, UsageError
 from flowdistill.multistep import ab2_cost, ab2_paths
 from flowdistill.recipe import Reference
-from flowdistill.schedule import Schedule, bellman, local_cost, uniform
-from flowdistill.solvers import SOLVERS, integrate, nfe
+from flowdistill.schedule import Bellman, Schedule, bellman, uniform
+from flowdistill.solvers import SOLVERS, nfe
 from flowdistill.stages import Stage
-from flowdistill.work import Done, Progress, Work
-from flowdistill.work import batches as in_batches
+from flowdistill.tuning import calibrating
+from flowdistill.tuning.calibrating import Calibration, Follower, Frame, Parts, pushed
+from flowdistill.tuning.candidates import Candidate, Criterion, Judge, calibrated, choose, closed
+from flowdistill.tuning.portraits import portrait
+from flowdistill.tuning.refining import LEAST_TRAJECTORIES, Refine, Refiner, refinable
+from flowdistill.tuning.trials import REFERENCE, Meter, Noises, Trial
+from flowdistill.work import Done, Work
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
-    from flowdistill.flow import VelocityField
+    from flowdistill.evaluation.extractors import Extractor, Perceptual
     from flowdistill.teachers import Model
 
 TENSORS = "boss.safetensors"
-_RESAMPLED = 20
-"""So often are trajectories drawn anew, to tell whether there are enough of them."""
-REFERENCE = (SOLVERS["heun"], uniform(32))
-"""The accurate solution on the held-out noises: 63 evaluations."""
-LOST = 1e9
-"""Stands for the endpoint error of what is not finite: JSON has no such numbers."""
+TO_DRAW = "pip install 'flowdistill[plots]'"
 
 
 def file_name(nfe: int) -> str:
     """Name of the schedule file for `nfe` evaluations."""
     return f"schedule-nfe{nfe}.json"
+
+
+def picture_name(nfe: int) -> str:
+    """Name of the picture beside it."""
+    return f"schedule-nfe{nfe}.png"
 
 
 class Boss(Stage):
@@ -73,14 +75,21 @@ class Boss(Stage):
         description="what is written: the best of all candidates; the best of Euler's, for programs that "
         "know no other solver; or Euler steps at BOSS's times",
     )
+    criterion: Criterion = Field(
+        "endpoint",
+        description="what is better: a smaller endpoint error, noise by noise; or fd, a smaller Fréchet "
+        "distance from the data, which needs more `held_out` noises than there are features",
+    )
     grid: int = Field(100, ge=2, le=1000, description="steps of the fine trajectory (K_max in the paper)")
-    reference: Literal["heun", "euler"] = Field(
+    reference: calibrating.Reference = Field(
         "heun",
         description="how the fine trajectory is solved: by Heun's rule at every other knot and Hermite's "
         "cubics between, or by Euler steps at all, as in the paper; both take `grid` evaluations",
     )
-    cost: Literal["l2", "rms"] = Field(
-        "l2", description="of a jump: the mean of squared errors, as in the paper, or of errors"
+    cost: calibrating.Cost = Field(
+        "l2",
+        description="of a jump: the mean of squared errors, as in the paper, or of errors (rms); or of "
+        "squared errors as the perceptual distance for the data sees them",
     )
     trajectories: int = Field(64, gt=0, description="noises that the cost is averaged over")
     until_regret: float | None = Field(
@@ -95,237 +104,259 @@ class Boss(Stage):
         ge=16,
         description="further noises: one half chooses among candidates, the other judges the choice",
     )
+    refine: Refine = Field(
+        "none",
+        description="make the best candidate better by rollouts: its times, or also its coefficients, by "
+        "gradients",
+    )
+    refine_trajectories: int = Field(
+        256, ge=16, description="further noises to refine on: three quarters fit, the others say when to stop"
+    )
+    refine_rollouts: int = Field(
+        240,
+        ge=1,
+        description="of all of these for each `nfe` that refining may take; one with gradients counts as 4",
+    )
     batch_size: int = Field(32, gt=0, description="noises that are integrated at once")
 
     @model_validator(mode="after")
-    def _within_the_grid(self) -> Boss:
+    def _possible(self) -> Boss:
         if max(self.nfe) > self.grid:
             raise ValueError(
                 f"nfe {max(self.nfe)} is more than the {self.grid} steps of the grid; raise `grid`"
             )
+        if self.refine != "none" and self.choose == "boss":
+            raise ValueError(f"refine: {self.refine} with choose: boss would not be written; leave one out")
+        if self.refine == "coefficients" and self.choose == "euler":
+            raise ValueError("refine: coefficients are not Euler's; use knots with choose: euler")
+        if self.refine == "coefficients" and self.refine_trajectories < LEAST_TRAJECTORIES:
+            raise ValueError(
+                f"refine_trajectories: coefficients need {LEAST_TRAJECTORIES} or more, lest they be "
+                f"fitted to few noises; found {self.refine_trajectories}"
+            )
         return self
 
     def run(self, work: Work) -> Done:
-        from flowdistill import artifact
+        from flowdistill import artifact, plots
 
-        model, fine = work.model(), uniform(self.grid)
-        meter = Meter(work, self.evaluations)
-        gram, costs = self.calibrate(model, fine, meter)
-        cost = self.mean_cost(costs)
-        solution = bellman(cost)
-        paths = {k: solution.path(k) for k in range(1, self.grid + 1)}
-        best = self.choose != "boss"
-        after_ab2 = ab2_paths(cost, ab2_cost(gram, fine.times), max(self.nfe)) if best else {}
-        halves = self.halves(model, meter)
+        model = work.model()
+        noises = Noises(model, Meter(work, self.evaluations), self.batch_size)
+        extractor = self._extractor(model)
+        calibration = self.calibrate(noises)
+        halves = self.halves(noises, extractor)
+        refiner = self._refiner(noises)
+        judge = Judge(work.seed, self.criterion, extractor.reference if extractor else None)
+        ways = Ways.of(calibration, max(self.nfe) if self.choose != "boss" else 0)
+        regret = calibration.regret(self.nfe, work.seed)
         figures = {}
         for k in self.nfe:
-            boss = Candidate(SOLVERS["euler"], Schedule(tuple(fine.times[i] for i in paths[k]), "boss"))
-            even = [round(i * self.grid / k) for i in range(k + 1)]
-            local = {"boss": float(solution.totals[k]), "uniform": float(cost[even[:-1], even[1:]].sum())}
-            compared: dict[str, Any] = {"local_cost": local, "regret": self.regret(costs, k, work.seed)}
+            boss = ways.boss(k)
+            compared: dict[str, Any] = {"local_cost": ways.local_cost(k), "regret": regret[k]}
             compared["held_out"] = compare(boss, halves, work.seed)
             written = boss
-            if best:
-                named = {"boss": paths[k], "ab2-boss": after_ab2[k]}
-                tried = self._wanted([*closed(k), *calibrated(gram, fine, named)])
-                verdict = choose(tried, halves[0].errors, halves[1].errors, work.seed)
+            if self.choose != "boss":
+                tried = self._wanted([*closed(k), *ways.calibrated(k)])
+                tried += self._refined(tried, halves[0], refiner)
+                verdict = choose(tried, *halves, judge)
                 written, compared = verdict.chosen, {**compared, "choice": verdict.facts}
             figures[str(k)] = {**described(written), **compared}
-            used = {"grid": self.grid, "trajectories": len(costs), "seed": work.seed}
+            used = {"grid": self.grid, "trajectories": len(calibration.grams), "seed": work.seed}
             content = {**schedule_file(written, model), **used, **compared}
             artifact.save_json(work.folder / file_name(k), content)
-        arrays = {"gram": gram, "cost": cost, "times": fine.times, "totals": solution.totals[1:]}
-        header = {"kind": "schedule", "model": model.digest, "settings": dict(work.settings)}
-        _save_arrays(work, arrays | {f"path.{k}": path for k, path in paths.items()}, header)
-        return Done((TENSORS, *map(file_name, self.nfe)), {"schedules": figures})
+            if plots.available():
+                artifact.atomic_write(work.folder / picture_name(k), ways.picture(k, written))
+        _save_arrays(work, ways, model)
+        drawn = map(picture_name, self.nfe) if plots.available() else ()
+        missing = {} if plots.available() else {"pictures": TO_DRAW}
+        return Done((TENSORS, *map(file_name, self.nfe), *drawn), {"schedules": figures, **missing})
 
     @property
     def evaluations(self) -> int:
         """Evaluations of the network for all noises; every candidate takes as many as any other."""
         half, best = self.held_out // 2, self.choose != "boss"
         fitted = 6 if self.choose == "best" else 2  # Euler's, AB2's and fitted coefficients at two times
+        refined = self.refine != "none"
         tried = {k: len(self._wanted(list(closed(k)))) + fitted for k in self.nfe}
+        tried = {k: count + refined * (1 + count) for k, count in tried.items()}
         chosen = {k: half * tried[k] + 2 * (self.held_out - half) for k in self.nfe}
         rows = sum(k * (2 * self.held_out + best * chosen[k]) for k in self.nfe)
-        return self.trajectories * self.grid + self.held_out * nfe(*REFERENCE) + rows
+        solved = self.held_out + refined * self.refine_trajectories
+        rollouts = refined * self.refine_trajectories * self.refine_rollouts * sum(self.nfe)
+        return self.trajectories * self.grid + solved * nfe(*REFERENCE) + rows + rollouts
 
     def _wanted(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that may be written."""
         return [each for each in candidates if self.choose == "best" or each.solver.name == "euler"]
 
-    def calibrate(
-        self, model: Model, fine: Schedule, meter: Meter
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean Gram matrix [2M, 2M] of increments and velocities; each trajectory's costs [N, M + 1, M + 1].
+    def _extractor(self, model: Model) -> Extractor | None:
+        """What the Fréchet distance is taken in, where either half of the held-out noises has enough."""
+        from flowdistill.evaluation import extractors
 
-        Batches stream through it: of states and velocities those of one batch are held at a time.
-        """
+        found = extractors.extractor(model.card, model.device)
+        if found is None:
+            if self.criterion == "fd":
+                raise MissingInput(
+                    f"criterion: fd needs features of the data, and there are none for "
+                    f"'{model.card.data}'; choose endpoint"
+                )
+            return None
+        needed = 2 * (len(found.reference.mean) + 1)
+        if self.held_out >= needed:
+            return found
+        if self.criterion == "fd":
+            raise UsageError(
+                f"held_out: criterion fd needs {needed} noises or more, so that each half outnumbers the "
+                f"{len(found.reference.mean)} features of {found.label}; found {self.held_out}"
+            )
+        return None
+
+    def calibrate(self, noises: Noises) -> Calibration:
+        """Follow the trajectories batch by batch; what this or a neighbouring run has kept is taken."""
         import numpy as np
-        import torch
 
-        total = torch.zeros(2 * self.grid, 2 * self.grid, dtype=torch.float64)
-        solve = by_euler if self.reference == "euler" else by_heun
-        costs: list[NDArray[np.float64]] = []
-        for noise, labels in self._noises(model, meter, 0, self.trajectories):
-            states, speeds = solve(model.field, noise, labels, fine)
+        model, meter = noises.model, noises.meter
+        frame = Frame(uniform(self.grid), self.reference)
+        perceptual = self._perceptual(model)
+        follow = Follower(frame, model.field, pushed(perceptual.features) if perceptual else None)
+        parts = Parts(meter.work.folder, self._made_from(noises, perceptual))
+        found: list[NDArray[np.float64]] = []
+        for indices, noise, labels in noises(0, self.trajectories):
+            grams = parts.read(indices)
+            if grams is None:
+                grams = follow(noise, labels)
+                parts.write(indices, grams)
+            found.append(grams)
             meter.add(len(noise) * self.grid)
-            basis = torch.cat([states.diff(dim=0), speeds]).flatten(2).transpose(0, 1)
-            for rows in basis.to("cpu", torch.float64):
-                gram = rows @ rows.T
-                if not gram.isfinite().all():
-                    raise Diverged("the model's velocity is not finite along its trajectory: it is of no use")
-                total += gram
-                costs.append(local_cost(gram.numpy(), fine.times))
-            if self.until_regret and len(costs) > 1 and self._settled(np.stack(costs)):
+            calibration = Calibration(frame, self.cost, np.concatenate(found))
+            if self._settled(calibration):
                 break
-        mean: NDArray[np.float64] = (total / len(costs)).numpy()
-        return mean, np.stack(costs)
+        return calibration
 
-    def _settled(self, costs: NDArray[np.float64]) -> bool:
-        return max(self.regret(costs, k, 0) for k in self.nfe) <= (self.until_regret or 0.0)
+    def _settled(self, calibration: Calibration) -> bool:
+        if self.until_regret is None or len(calibration.grams) < 2:
+            return False
+        return max(calibration.regret(self.nfe, 0).values()) <= self.until_regret
 
-    def mean_cost(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of every jump, over trajectories [N, M + 1, M + 1]."""
-        import numpy as np
+    def _perceptual(self, model: Model) -> Perceptual | None:
+        if self.cost != "perceptual":
+            return None
+        from flowdistill.evaluation import extractors
 
-        found: NDArray[np.float64] = (np.sqrt(costs) if self.cost == "rms" else costs).mean(axis=0)
+        found = extractors.perceptual(model.card)
+        if found is None:
+            raise MissingInput(
+                f"cost: perceptual needs a perceptual distance, and there is none for data "
+                f"'{model.card.data}'; choose l2 or rms"
+            )
         return found
 
-    def regret(self, costs: NDArray[np.float64], nfe: int, seed: int) -> float:
-        """Share by which schedules of trajectories drawn with replacement cost more than the best."""
-        import numpy as np
+    def _made_from(self, noises: Noises, perceptual: Perceptual | None) -> dict[str, Any]:
+        """All that the Gram matrices of a batch depend on besides its indices."""
+        import torch
 
-        chance = np.random.default_rng(seed)
-        cost = self.mean_cost(costs)
-        least = float(bellman(cost).totals[nfe])
-        if least == 0:
-            return 0.0
-        paths = (
-            bellman(self.mean_cost(costs[chance.integers(len(costs), size=len(costs))])).path(nfe)
-            for _ in range(_RESAMPLED)
-        )
-        found = [sum(cost[i, j] for i, j in pairwise(path)) for path in paths]
-        return float(np.mean(found)) / least - 1
+        model, work = noises.model, noises.meter.work
+        return {
+            "model": model.digest,
+            "guidance": _guidance(model),
+            "seed": work.seed,
+            "grid": self.grid,
+            "reference": self.reference,
+            "seen": perceptual.label if perceptual else "coordinates",
+            "batch_size": self.batch_size,
+            "device": work.device,
+            "torch": torch.__version__,
+        }
 
-    def halves(self, model: Model, meter: Meter) -> tuple[Half, Half]:
-        """The noises that choose, and those that judge, with their accurate solutions."""
-        solver, steps = REFERENCE[0], REFERENCE[1]
-        half, found = self.held_out // 2, []
-        for first, count in ((self.trajectories, half), (self.trajectories + half, self.held_out - half)):
-            batches = []
-            for noise, labels in self._noises(model, meter, first, count):
-                accurate = integrate(model.field, noise, steps, solver, labels)
-                if not accurate.isfinite().all():
-                    raise Diverged("the model's accurate solution is not finite: it is of no use")
-                meter.add(len(noise) * nfe(solver, steps))
-                batches.append((noise, labels, accurate))
-            found.append(Half(model.field, batches, meter))
-        return found[0], found[1]
+    def halves(self, noises: Noises, extractor: Extractor | None = None) -> tuple[Trial, Trial]:
+        """The noises that choose, and those that judge."""
+        half, first = self.held_out // 2, self.trajectories
+        read = (lambda x: extractor.read(x)[0]) if extractor else None
+        return noises.solved(first, half, read), noises.solved(first + half, self.held_out - half, read)
 
-    def _noises(
-        self, model: Model, meter: Meter, first: int, count: int
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        from flowdistill import randomness
+    def _refiner(self, noises: Noises) -> Refiner | None:
+        if self.refine == "none":
+            return None
+        first, others = self.trajectories + self.held_out, self.refine_trajectories // 4
+        fit = noises.solved(first, self.refine_trajectories - others)
+        validate = noises.solved(first + self.refine_trajectories - others, others)
+        return Refiner(fit, validate, self.refine_rollouts, noises.meter.work.seed, noises.model.velocity)
 
-        for indices in in_batches(range(first, first + count), self.batch_size):
-            meter.work.stop.check()
-            noise = randomness.noise(meter.work.seed, indices, model.card.shape)
-            yield noise.to(meter.work.device), model.labels(meter.work.seed, indices)
-
-
-def by_euler(
-    field: VelocityField, noise: Tensor, labels: Tensor | None, fine: Schedule
-) -> tuple[Tensor, Tensor]:
-    """States [M + 1, B, *shape] and velocities [M, B, *shape] of Euler's steps (the paper's)."""
-    import torch
-
-    states: list[Tensor] = []
-    speeds: list[Tensor] = []
-
-    def keep(i: int, t: float, x: Tensor, v: Tensor) -> None:
-        states.append(x)
-        speeds.append(v)
-
-    end = integrate(field, noise, fine, SOLVERS["euler"], labels, keep)
-    return torch.stack([*states, end]), torch.stack(speeds)
-
-
-def by_heun(
-    field: VelocityField, noise: Tensor, labels: Tensor | None, fine: Schedule
-) -> tuple[Tensor, Tensor]:
-    """The same of Heun's steps at every other knot, and of Hermite's cubics between them.
-
-    A cubic has the states and velocities of both its ends; its slope is the velocity in the middle.
-    """
-    import torch
-
-    nodes = [*fine.times[:-1:2], fine.times[-1]]
-    coarse = Schedule(tuple(nodes), "nodes")
-    states: list[Tensor] = []
-    speeds: list[Tensor] = []
-
-    def keep(i: int, t: float, x: Tensor, v: Tensor) -> None:
-        states.append(x)
-        speeds.append(v)
-
-    end = integrate(field, noise, coarse, SOLVERS["heun"], labels, keep)
-    states.append(end)
-    if fine.steps % 2 == 0:  # an odd grid ends without a middle
-        speeds.append(field(end, end.new_zeros(len(end)), labels).to(end.dtype))
-    dense: list[Tensor] = []
-    slopes: list[Tensor] = []
-    for number, (t, s) in enumerate(coarse.intervals):
-        x, y, v = states[number], states[number + 1], speeds[number]
-        dense, slopes = [*dense, x], [*slopes, v]
-        if 2 * number + 1 < fine.steps:
-            w = speeds[number + 1]
-            dense.append((x + y) / 2 + (s - t) / 8 * (v - w))
-            slopes.append(1.5 * (y - x) / (s - t) - (v + w) / 4)
-    return torch.stack([*dense, end]), torch.stack(slopes)
+    def _refined(self, tried: Sequence[Candidate], half: Trial, refiner: Refiner | None) -> list[Candidate]:
+        """The best on one half of those tried that can be refined, if rollouts make it better."""
+        if refiner is None:
+            return []
+        errors = {each: float(half(each).errors.mean()) for each in tried}
+        start = min((each for each in tried if refinable(each, self.refine)), key=lambda each: errors[each])
+        found = refiner.better(start, self.refine)
+        if found is None:
+            half.meter.add(half.count * nfe(start.solver, start.schedule))  # it was planned
+        return [] if found is None else [found]
 
 
 @dataclass(frozen=True)
-class Half:
-    """Noises in batches with their labels and accurate solutions, on which candidates are tried."""
+class Ways:
+    """The ways to sample that follow from a calibration, for every number of evaluations."""
 
-    field: VelocityField
-    batches: list[tuple[Tensor, Tensor | None, Tensor]]
-    meter: Meter
-    known: dict[tuple[str, Schedule], Tensor] = dataclass_field(default_factory=dict)
-    """Errors by solver and schedule, since the first candidates are asked for more than once."""
+    calibration: Calibration
+    solution: Bellman
+    after_ab2: Mapping[int, tuple[int, ...]]
 
-    def errors(self, candidate: Candidate) -> Tensor:
-        """Endpoint error [n], RMSE over the dimensions; `LOST` where a sample is not finite."""
-        key = candidate.solver.name, candidate.schedule
-        if key in self.known:
-            noises = sum(len(noise) for noise, _, _ in self.batches)
-            self.meter.add(noises * nfe(candidate.solver, candidate.schedule))
-        else:
-            self.known[key] = self._measured(candidate)
-        return self.known[key]
+    @classmethod
+    def of(cls, calibration: Calibration, most: int) -> Ways:
+        """With paths for Adams-Bashforth up to `most` evaluations."""
+        cost, fine = calibration.mean_cost, calibration.frame.fine
+        after_ab2 = ab2_paths(cost, ab2_cost(calibration.gram, fine.times), most) if most else {}
+        return cls(calibration, bellman(cost), after_ab2)
 
-    def _measured(self, candidate: Candidate) -> Tensor:
-        import torch
+    @property
+    def fine(self) -> Schedule:
+        """The grid that all paths are on."""
+        return self.calibration.frame.fine
 
-        from flowdistill.evaluation import metrics
+    def boss(self, k: int) -> Candidate:
+        """Euler steps at BOSS's times."""
+        times = tuple(self.fine.times[i] for i in self.solution.path(k))
+        return Candidate(SOLVERS["euler"], Schedule(times, "boss"))
 
-        found = []
-        for noise, labels, accurate in self.batches:
-            self.meter.work.stop.check()
-            x = integrate(self.field, noise, candidate.schedule, candidate.solver, labels)
-            self.meter.add(len(x) * nfe(candidate.solver, candidate.schedule))
-            found.append(metrics.endpoint_error(x, accurate).cpu())
-        return torch.cat(found).nan_to_num(nan=LOST, posinf=LOST)
+    def calibrated(self, k: int) -> Iterator[Candidate]:
+        """All that follow from the calibration."""
+        named = {"boss": self.solution.path(k), "ab2-boss": self.after_ab2[k]}
+        return calibrated(self.calibration.gram, self.fine, named)
+
+    def local_cost(self, k: int) -> dict[str, float]:
+        """What all jumps cost, BOSS's and those between the knots nearest to uniform times."""
+        even = self._even(k)
+        cost = self.calibration.mean_cost[even[:-1], even[1:]]
+        return {"boss": float(self.solution.totals[k]), "uniform": float(cost.sum())}
+
+    def _even(self, k: int) -> list[int]:
+        return [round(i * self.fine.steps / k) for i in range(k + 1)]
+
+    def picture(self, k: int, written: Candidate) -> bytes:
+        """A PNG: the knots of uniform steps, BOSS and what is written, and what Euler's jumps cost."""
+        knots: dict[str, Sequence[float]] = {"uniform": uniform(k).times, "BOSS": self.boss(k).schedule.times}
+        if written.schedule.times not in knots.values():
+            knots["written"] = written.schedule.times
+        paths = {"uniform": self._even(k), "BOSS": self.solution.path(k)}
+        title = f"{k} evaluations; written: {written.name}"
+        return portrait(title, knots, paths, self.calibration.mean_cost, self.fine)
+
+    def arrays(self) -> dict[str, Any]:
+        """All of it as arrays."""
+        fine, solution = self.fine, self.solution
+        arrays = {"gram": self.calibration.gram, "cost": self.calibration.mean_cost, "times": fine.times}
+        paths = {f"path.{k}": solution.path(k) for k in range(1, fine.steps + 1)}
+        return {**arrays, "totals": solution.totals[1:], **paths}
 
 
-def compare(boss: Candidate, halves: tuple[Half, Half], seed: int) -> dict[str, Any]:
+def compare(boss: Candidate, halves: tuple[Trial, Trial], seed: int) -> dict[str, Any]:
     """BOSS's schedule beside uniform steps, both Euler's, on all held-out noises."""
     import torch
 
     from flowdistill.evaluation import metrics
 
     even = Candidate(SOLVERS["euler"], uniform(boss.schedule.steps))
-    ours, theirs = (torch.cat([half.errors(each) for half in halves]) for each in (boss, even))
+    ours, theirs = (torch.cat([half(each).errors for half in halves]) for each in (boss, even))
     difference = metrics.paired_difference(ours, theirs, seed)
     return {
         "boss": metrics.mean_interval(ours, seed).as_dict(),
@@ -342,7 +373,6 @@ def described(written: Candidate) -> dict[str, Any]:
 
 def schedule_file(written: Candidate, model: Model) -> dict[str, Any]:
     """What a schedule file says of the way of sampling itself and of the model it is for."""
-    guidance = model.card.guidance
     # Others take Euler steps at them, whatever the solver that they were made for.
     sigmas = {"sigmas": written.schedule.sigmas()} if written.solver.name == "euler" else {}
     return {
@@ -352,27 +382,19 @@ def schedule_file(written: Candidate, model: Model) -> dict[str, Any]:
         **sigmas,
         "coefficients": written.coefficients,
         "model": model.digest,
-        "guidance": guidance.model_dump(mode="json") if guidance else None,
+        "guidance": _guidance(model),
     }
 
 
-@dataclass
-class Meter:
-    """Counts evaluations of the network and reports them."""
-
-    work: Work
-    total: int
-    done: int = 0
-
-    def add(self, evaluations: int) -> None:
-        self.done += evaluations
-        self.work.report(Progress(self.done, self.total, "evaluation"))
+def _guidance(model: Model) -> Any:
+    return model.card.guidance.model_dump(mode="json") if model.card.guidance else None
 
 
-def _save_arrays(work: Work, arrays: dict[str, Any], header: dict[str, Any]) -> None:
+def _save_arrays(work: Work, ways: Ways, model: Model) -> None:
     import torch
 
     from flowdistill import artifact
 
-    tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
+    tensors = {name: torch.as_tensor(array) for name, array in ways.arrays().items()}
+    header = {"kind": "schedule", "model": model.digest, "settings": dict(work.settings)}
     artifact.save_tensors(work.folder / TENSORS, tensors, header)

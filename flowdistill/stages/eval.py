@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from flowdistill.errors import ArtifactError, UsageError, unknown
+from flowdistill.evaluation.choices import Features, Measured
+from flowdistill.objectives import DOWNLOAD
 from flowdistill.recipe import Reference, Settings
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, OdeSolver, Solver, SolverName, nfe, recorded, steps_for
@@ -23,9 +25,14 @@ from flowdistill.stages import Stage
 from flowdistill.work import Done, Work
 
 if TYPE_CHECKING:
-    from flowdistill.evaluation.bench import Bench, Part, Row
+    from flowdistill.evaluation.bench import Bench
+    from flowdistill.evaluation.features import Asked
+    from flowdistill.evaluation.instruments import Wanted
+    from flowdistill.evaluation.parts import Part
+    from flowdistill.evaluation.rows import Plan, Row
     from flowdistill.teachers import Model
 
+FORMAT = 1
 RESULT, SAMPLES, PICTURE = "eval.json", "samples.safetensors", "grid.png"
 
 Evaluations = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
@@ -40,10 +47,11 @@ class Accurate(Settings):
 
 
 class Evaluate(Stage):
-    """Fréchet distance, class accuracy, paired endpoint error, straightness and latency."""
+    """Distance from real data, fidelity to the accurate solution, straightness, and what sampling costs."""
 
     verb: ClassVar[str] = "eval"
     produces: ClassVar[str] = "evaluation"
+    collective: ClassVar[bool] = True
 
     models: Annotated[list[str] | None, Reference("model", allow_teacher=True)] = Field(
         None, description="models that are measured"
@@ -64,7 +72,19 @@ class Evaluate(Stage):
     straightness: int = Field(
         128, ge=0, description="paths that it is measured on, at `reference.steps` Euler steps"
     )
-    latency: bool = Field(True, description="time one sample at batch size 1")
+    inversion: int = Field(
+        16, ge=0, description="samples of each row that the same solver takes back to their noise"
+    )
+    features: Features = Features()
+    reference_data: Annotated[str | None, Reference("data", optional=True, files=True)] = Field(
+        None,
+        description="real samples that distances refer to: a folder of images, a .npz or .safetensors, or "
+        "one of these with published moments, mu and sigma; left out, the data on the model's card",
+    )
+    lpips: Measured | None = Field(None, description="LPIPS to the accurate solution")
+    latency: bool = Field(
+        True, description="measure latency, throughput and memory, which differ from run to run"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Evaluate:
@@ -85,31 +105,69 @@ class Evaluate(Stage):
                 raise ValueError(f"nfe: {error}") from error
         return self
 
+    def preflight(self, inputs: Mapping[str, Any]) -> None:
+        for asked in self._asked(inputs):
+            if inputs.get(f"features.{asked.key}.weights") == DOWNLOAD:
+                from flowdistill.evaluation import features
+
+                features.fetch(asked)
+        if self.lpips is not None and inputs.get("lpips.weights") == DOWNLOAD:
+            from flowdistill.evaluation import lpipsweights
+
+            lpipsweights.fetch(self.lpips.net)
+
     def run(self, work: Work) -> Done:
-        from flowdistill.evaluation.bench import Bench, Plan, Row
+        from flowdistill.evaluation.bench import Bench
 
         models = _by_short_name(work.models("models"))
         _check_same_data(models)
+        bench = Bench(self._plan(work, models), work)
+        paths = {name: bench.straightness(name) for name in models}
+        parts = bench.measured()
+        content = _content(bench, paths, parts)
+        if self.latency:
+            content |= _costs(bench, parts)
+        outputs = _write(bench, content, parts) if work.world.rank == 0 else []
+        return Done(outputs, {row["id"]: _values(row["metrics"]) for row in content["rows"]})
+
+    def _plan(self, work: Work, models: Mapping[str, Model]) -> Plan:
+        from flowdistill.evaluation.rows import Plan, Row
+
         base = "teacher" if "teacher" in models else next(iter(models))
         solver, steps = SOLVERS[self.reference.solver], self.reference.steps
-        plan = Plan(
+        return Plan(
             rows=tuple(self.rows(work, models)),
             accurate=Row(base, models[base], solver, uniform(steps)),
             samples=self.samples,
             pairs=min(self.reference.samples, self.samples),
             paths=min(self.straightness, self.samples),
             path_steps=steps,
+            inversions=min(self.inversion, self.samples),
             batch_size=self.batch_size,
             seed=self.seed,
-            latency=self.latency,
+            wanted=self._wanted(work.inputs),
+            reference_data=work.inputs.get("reference_data"),
         )
-        bench = Bench(plan, work)
-        paths = {name: bench.straightness(name) for name in models}
-        return _write(bench, paths, [(row, bench.measure(row)) for row in plan.rows])
+
+    def _wanted(self, inputs: Mapping[str, Any]) -> Wanted:
+        from flowdistill.evaluation.instruments import Wanted
+
+        return Wanted(self.features.shipped, self._asked(inputs), self.lpips, _file(inputs, "lpips"))
+
+    def _asked(self, inputs: Mapping[str, Any]) -> list[Asked]:
+        """The extractors with weights of their own."""
+        if not self.features.published:
+            return []
+        from flowdistill.evaluation.features import Asked
+
+        return [
+            Asked(key, settings.network, _file(inputs, f"features.{key}"))
+            for key, settings in self.features.published.items()
+        ]
 
     def rows(self, work: Work, models: Mapping[str, Model]) -> Iterator[Row]:
         """Model by model, fewest evaluations first; a schedule follows the uniform steps."""
-        from flowdistill.evaluation.bench import Row
+        from flowdistill.evaluation.rows import Row
 
         chosen = _schedules(work, models)
         written = self.models or list(models)
@@ -124,54 +182,80 @@ class Evaluate(Stage):
                     yield Row(name, model, *found)
 
 
-def _write(bench: Bench, models: Mapping[str, Any], parts: Sequence[tuple[Row, Part]]) -> Done:
+def _write(bench: Bench, content: Mapping[str, Any], parts: Sequence[tuple[Row, Part]]) -> list[str]:
     """The figures, the values of each sample by its noise, and a picture where one can be drawn."""
     from flowdistill import artifact, pictures
 
     folder, accurate = bench.work.folder, bench.plan.accurate
-    content = _content(bench, models, parts)
     artifact.save_json(folder / RESULT, content)
-    tensors = dict(bench.real[0])
+    tensors = dict(bench.real.samples)
     for row, (values, _) in parts:
         tensors |= {f"{row.id}.{name}": value for name, value in values.items() if name != "shown"}
     header = {"kind": "evaluation", "seed": bench.plan.seed}
     artifact.save_tensors(folder / SAMPLES, tensors, header)
-    outputs = [RESULT, SAMPLES]
-    if pictures.drawable(bench.card.shape):
-        shown = [(accurate.caption, bench.solution[: bench.shown])]
-        shown += [(row.caption, values["shown"]) for row, (values, _) in parts]
-        artifact.atomic_write(folder / PICTURE, pictures.labelled_rows(shown))
-        outputs.append(PICTURE)
-    return Done(outputs, {row["id"]: _values(row["metrics"]) for row in content["rows"]})
+    if not pictures.drawable(bench.card.shape):
+        return [RESULT, SAMPLES]
+    shown = [(accurate.caption, bench.solution[: bench.shown])]
+    shown += [(row.caption, values["shown"]) for row, (values, _) in parts]
+    artifact.atomic_write(folder / PICTURE, pictures.labelled_rows(shown))
+    return [RESULT, SAMPLES, PICTURE]
+
+
+def _costs(bench: Bench, parts: Sequence[tuple[Row, Part]]) -> dict[str, Any]:
+    """What differs from run to run, by row."""
+    costs = {
+        kind: {row.id: figures[kind] for row, (_, figures) in parts} for kind in ("throughput", "memory")
+    }
+    return {"latency": {row.id: bench.latency(row) for row, _ in parts}, **costs}
 
 
 def _content(bench: Bench, models: Mapping[str, Any], parts: Sequence[tuple[Row, Part]]) -> dict[str, Any]:
-    """What stands in `eval.json`; but for `latency`, it is the same whenever it is measured."""
-    plan = bench.plan
+    """What stands in `eval.json`, and is always the same."""
+    from flowdistill.evaluation import costs
+
+    plan, readers = bench.plan, bench.real.readers
     rows = [
-        {"id": row.id, **row.facts(), "forward_passes": row.nfe, **figures} for row, (_, figures) in parts
+        {
+            "id": row.id,
+            **row.facts(),
+            "forward_passes": row.forward_passes,
+            "metrics": figures["metrics"],
+            "skipped": figures["skipped"],
+        }
+        for row, (_, figures) in parts
     ]
-    latency = {row["id"]: row.pop("latency") for row in rows if "latency" in row}
     described = {
         name: {
             "digest": model.digest,
             "parameters": sum(value.numel() for value in model.network.parameters()),
+            "macs": costs.macs(model.card),
             **models[name],
         }
         for name, model in plan.models.items()
     }
     return {
+        "format": FORMAT,
         "kind": "evaluation",
         "seed": plan.seed,
         "samples": plan.samples,
         "batch_size": plan.batch_size,
-        "extractor": bench.extractor.label if bench.extractor else None,
+        "extractor": readers[0].label if readers else None,
+        "preprocessing": bench.instruments.preprocessing,
+        "features": bench.real.facts(),
         "reference": {**plan.accurate.facts(), "samples": plan.pairs},
-        "data": {"name": bench.card.data, **bench.real[1]},
+        "data": {"name": bench.card.data, **bench.real.figures},
         "models": described,
         "rows": rows,
-        "latency": latency,
+        "latency": {},
+        "throughput": {},
+        "memory": {},
     }
+
+
+def _file(inputs: Mapping[str, Any], settings: str) -> Path | None:
+    """The file that some settings name for their weights; None stands for the cache."""
+    named = inputs.get(f"{settings}.weights")
+    return None if named in (None, DOWNLOAD) else Path(named)
 
 
 def _values(metrics: Mapping[str, Any]) -> dict[str, float]:

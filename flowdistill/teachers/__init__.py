@@ -62,16 +62,20 @@ class Model:
         """The velocity field, for solvers: guided as the card says, no dropout, no gradient."""
         import torch
 
+        return torch.inference_mode()(self.velocity)
+
+    @property
+    def velocity(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """The same field with gradients."""
         network, guidance = self.network.eval(), self.card.guidance
 
         def velocity(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-            with torch.inference_mode():
-                v: Tensor = network(x, t, labels)
-                if guidance is None or labels is None or not guidance.needs_null:
-                    return v
-                if guidance.interval != (0.0, 1.0) and not guidance.applies(t).any():
-                    return v
-                return guidance.combine(v, network(x, t, self.null(labels)), t)
+            v: Tensor = network(x, t, labels)
+            if guidance is None or labels is None or not guidance.needs_null:
+                return v
+            if guidance.interval != (0.0, 1.0) and not guidance.applies(t).any():
+                return v
+            return guidance.combine(v, network(x, t, self.null(labels)), t)
 
         return velocity
 
