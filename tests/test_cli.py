@@ -116,7 +116,8 @@ OPTIONS = {
     "boss": f"--latency-budget --model --nfe --refine --straighten {STAGE_OPTIONS}",
     "eval": f"--procs {STAGE_OPTIONS}",
     "compare": "--json --margin --row --unpaired --verbose -v",
-    "gate": "--annotate --baseline --json --junit --markdown --rehearse --rule --rules --unpaired --verbose -v",
+    "gate": "--annotate --baseline --json --junit --markdown --rehearse --rule --rules --unpaired "
+    "--verbose -v",
     "sample": f"--count --force --invert --labels --nfe --schedule --solver --times {WORK_OPTIONS}",
     "import": "--card --classes --force --json --preset --swap --verbose --weights -v",
     "export": "--as --ema --json --mu --schedule --shift --verbose -v",

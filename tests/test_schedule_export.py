@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from flowdistill import artifact, foreign
 from flowdistill.errors import ArtifactError, MissingInput, UsageError
-from flowdistill.tuning.candidates import Candidate
 from flowdistill.exchange import export_schedule, schedules
 from flowdistill.schedule import Schedule
 from flowdistill.solvers import SOLVERS, integrate
 from flowdistill.stages import boss
 from flowdistill.teachers import Model, open_model
+from flowdistill.tuning.candidates import Candidate
 
 for needed in ("diffusers", "transformers"):
     pytest.importorskip(needed, reason="the extra flowdistill[diffusers] is not installed")

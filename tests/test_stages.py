@@ -20,7 +20,6 @@ from flowdistill import artifact, networks, randomness
 from flowdistill.analytic import Mixture, gaussian
 from flowdistill.conventions import Convention
 from flowdistill.errors import UsageError
-from flowdistill.tuning.trials import Meter, Noises
 from flowdistill.flow import interpolate, velocity
 from flowdistill.pairstore import PairStore
 from flowdistill.schedule import Schedule, uniform
@@ -34,6 +33,7 @@ from flowdistill.teachers import Card, open_model
 from flowdistill.teachers.canonical import Canonical
 from flowdistill.teachers.cards import Latent
 from flowdistill.training import MODEL, Batch
+from flowdistill.tuning.trials import Meter, Noises
 from flowdistill.work import Stop, Work
 
 

@@ -142,8 +142,9 @@ class Bench:
             }
 
         found = self.parts.gathered(self.parts.batches(self.plan.samples), read, row.nfe)
-        memory = costs.peak_memory(self.work.device)
-        return found, {"memory": memory, **({"throughput": costs.throughput(timed)} if timed else {})}
+        if not (self.plan.timed and timed):
+            return found, {}
+        return found, {"memory": costs.peak_memory(self.work.device), "throughput": costs.throughput(timed)}
 
     def _conclude(self, row: Row, found: dict[str, Tensor], cost: dict[str, Any], path: Path) -> None:
         """Write what is to be known of a row."""

@@ -91,6 +91,8 @@ class Plan:
     """Samples that are taken back to their noise."""
     batch_size: int
     seed: int
+    timed: bool = True
+    """Whether what differs from run to run is measured, too."""
     wanted: Wanted = Wanted()
     reference_data: str | None = None
 
@@ -118,4 +120,5 @@ class Plan:
             "samples": [self.samples, self.pairs, self.paths, self.path_steps, self.inversions],
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "timed": self.timed,
         }

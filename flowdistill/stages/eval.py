@@ -145,6 +145,7 @@ class Evaluate(Stage):
             inversions=min(self.inversion, self.samples),
             batch_size=self.batch_size,
             seed=self.seed,
+            timed=self.latency,
             wanted=self._wanted(work.inputs),
             reference_data=work.inputs.get("reference_data"),
         )
