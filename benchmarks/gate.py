@@ -29,8 +29,9 @@ from torch import Tensor
 
 from flowdistill import randomness, teachers
 from flowdistill.comparison import gating, rules
-from flowdistill.comparison.joining import Content, Evaluation
+from flowdistill.comparison.joining import Evaluation
 from flowdistill.evaluation import metrics
+from flowdistill.evaluation.results import Content
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, integrate
 
@@ -88,7 +89,7 @@ def evaluation(errors: Tensor) -> Evaluation:
     content = {
         "seed": 0,
         "samples": len(errors),
-        "reference": {},
+        "reference": {"model": "model", "nfe": STEPS},
         "data": {},
         "models": {"model": {"digest": ""}},
         "rows": [{**row, "metrics": {f"endpoint_error@{len(errors)}": estimate.as_dict()}}],

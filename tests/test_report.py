@@ -21,6 +21,7 @@ import torch
 
 from flowdistill import artifact, pictures, plots, randomness, recipe, stages
 from flowdistill.cli import execute
+from flowdistill.evaluation import results
 from flowdistill.report import classes, page, reading, times, verdict, write
 from flowdistill.timesteps import BINS
 
@@ -370,7 +371,7 @@ def test_saving_is_the_cheapest_that_is_no_worse(seed: int) -> None:
     found = content()
     found["rows"] = [row("teacher", nfe, chance.uniform(0.1, 1)) for nfe in (1, 2, 4, 8, 16)]
     found["rows"].append(row("reflow", 1, chance.uniform(0.05, 1)))
-    numbers = reading.Numbers.model_validate(found)
+    numbers = results.Content.model_validate(found)
     *base, student = numbers.rows
     saving = verdict.saved(numbers, student, base, "fd@64")
     able = [each.nfe for each in base if each.metrics["fd@64"].value <= student.metrics["fd@64"].value]
@@ -390,8 +391,8 @@ def test_more_is_better_where_it_is() -> None:
     found = content()
     for each in found["rows"]:
         each["metrics"] = {"fd@64": each["metrics"]["fd@64"]}
-    numbers = reading.Numbers.model_validate(found)
-    more, less = (reading.Figure.model_validate(figure(value, 9, 0.01)) for value in (2.0, 1.0))
+    numbers = results.Content.model_validate(found)
+    more, less = (results.Figure.model_validate(figure(value, 9, 0.01)) for value in (2.0, 1.0))
     assert verdict.compared(more, less, 1) == "better" and verdict.compared(more, less, -1) == "worse"
     assert verdict.compared(more, more, 1) == "no clear difference"
     assert verdict.quality(numbers) == "fd@64"
@@ -401,7 +402,7 @@ def test_more_is_better_where_it_is() -> None:
 def test_without_a_student_the_schedules_are_judged() -> None:
     found = content()
     found["rows"] = [each for each in found["rows"] if each["model"] == "teacher"]
-    (said,) = verdict.judge(reading.Numbers.model_validate(found)).sentences
+    (said,) = verdict.judge(results.Content.model_validate(found)).sentences
     assert said == (
         "With 2 evaluations (boss) teacher has Fréchet distance 0.3 [0.24, 0.36], against 0.5 [0.4, 0.6] "
         "with uniform Euler steps: better."
@@ -429,7 +430,7 @@ def test_there_is_a_verdict_on_any_rows() -> None:
         ),
         ([], "Nothing that says how good a model is was measured."),
     ):
-        numbers = reading.Numbers.model_validate({**found, "rows": rows})
+        numbers = results.Content.model_validate({**found, "rows": rows})
         assert verdict.judge(numbers).sentences[0].startswith(expected)
 
 

@@ -22,10 +22,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from flowdistill.comparison.comparing import Change
-from flowdistill.comparison.joining import Evaluation, Joined, Measured, Pair, Row, join
+from flowdistill.comparison.joining import Evaluation, Joined, Pair, join
 from flowdistill.comparison.rules import Policy, Rule
 from flowdistill.comparison.verdicts import UNPAIRED, check_paired
 from flowdistill.errors import UsageError, unknown
+from flowdistill.evaluation.results import Measured
 
 Status = Literal["pass", "regression", "inconclusive", "missing"]
 
@@ -298,6 +299,6 @@ def _alone(rule: Rule, evaluation: Evaluation) -> Iterator[Check]:
 
 def _skipped(evaluation: Evaluation, name: str) -> str:
     """Why no row has a metric of this kind, as far as the evaluation says."""
-    measured: list[Row | Measured] = [*evaluation.content.rows, *evaluation.content.models.values()]
+    measured: list[Measured] = [*evaluation.content.rows, *evaluation.content.models.values()]
     reasons = [each.skipped[name] for each in measured if name in each.skipped]
     return reasons[0] if reasons else ""

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from flowdistill import artifact
 from flowdistill.comparison import comparing
 from flowdistill.comparison.comparing import Change, Normal
-from flowdistill.errors import ArtifactError, MissingInput, UsageError, listed, unknown
+from flowdistill.errors import MissingInput, UsageError, listed, unknown
+from flowdistill.evaluation import results
 from flowdistill.evaluation.kinds import kind
-
-FORMAT = 1
-"""Of `eval.json`; one that does not say is of the first."""
-RESULT, SAMPLES = "eval.json", "samples.safetensors"
+from flowdistill.evaluation.results import RESULT, SAMPLES, Content, Figure, Measured, Row
 
 _QUANTILES = {
     "endpoint_error_median": ("endpoint_error", 0.5),
@@ -30,60 +27,6 @@ _QUANTILES = {
 _BIASED = ("fd", "fid", "precision", "recall")
 """How metrics begin whose value depends on the number of samples."""
 _Z = -comparing.NORMAL.inv_cdf(comparing.LEVEL)
-
-
-class _Read(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Figure(_Read):
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    method: str = ""
-    extractor: str | None = None
-
-    def change(self) -> Normal:
-        """The number by itself, with standard errors from its interval."""
-        below, above = max(0.0, self.value - self.low) / _Z, max(0.0, self.high - self.value) / _Z
-        return Normal(self.value, self.n, self.method, False, below, above)
-
-
-class Measured(_Read):
-    """What was measured of a model, apart from any row."""
-
-    digest: str
-    metrics: dict[str, Figure] = {}
-    skipped: dict[str, str] = {}
-
-
-class Row(_Read):
-    """One way to sample one model."""
-
-    id: str
-    model: str
-    solver: str
-    schedule: str
-    nfe: int
-    metrics: dict[str, Figure]
-    skipped: dict[str, str] = {}
-
-
-class Content(_Read):
-    """What is read of an `eval.json`."""
-
-    seed: int
-    samples: int
-    extractor: str | None = None
-    preprocessing: Any = None
-    reference: dict[str, Any]
-    data: dict[str, Any]
-    models: dict[str, Measured]
-    rows: list[Row]
-    latency: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +47,7 @@ class Evaluation:
         file = path / RESULT if path.is_dir() else path
         if path.is_dir() and not file.is_file():
             raise MissingInput(f"{path}: no {RESULT} here; expected the folder of a finished eval stage")
-        raw = artifact.load_json(file)
-        if raw.get("kind") != "evaluation":
-            raise ArtifactError(f"{file}: expected an evaluation, found {raw.get('kind', 'no kind')!r}")
-        if raw.get("format", FORMAT) != FORMAT:
-            raise ArtifactError(f"{file}: evaluation of format {raw['format']}, expected {FORMAT}")
-        try:
-            content = Content.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise artifact.corrupt(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        content = results.read(file)
         found = cls(file, content, {})
         return cls(file, content, found._samples()) if samples else found
 
@@ -173,16 +107,16 @@ class Subject:
         of their number.
         """
         found = self.evaluation.content.latency.get(self.id) if isinstance(self.measured, Row) else None
-        if found is None or not {"p50_ms", "p95_ms"} <= found.keys():
+        if found is None:
             return None
-        spread = max(0.0, float(found["p95_ms"]) - float(found["p50_ms"])) / 1.645
-        return Normal(float(found["p50_ms"]), 0, "spread from p50 to p95", False, spread, spread)
+        spread = max(0.0, found.p95_ms - found.p50_ms) / 1.645
+        return Normal(found.p50_ms, 0, "spread from p50 to p95", False, spread, spread)
 
     def alone(self, name: str) -> Normal | None:
         """The metric of this kind by itself."""
         if name == "latency":
             return self.latency
-        return self.figures[name].change() if name in self.figures else None
+        return _by_itself(self.figures[name]) if name in self.figures else None
 
     def values(self, name: str) -> Tensor | None:
         """Values [n], float64, whose mean is the metric of this kind, by noise; None where there are none.
@@ -218,6 +152,12 @@ class Subject:
             around = comparing.quantile_values(tensors[f"{self.id}.{base}"], level)
             return self.figures[name].value + around - around.mean()
         return None
+
+
+def _by_itself(figure: Figure) -> Normal:
+    """The number without another, with standard errors from its interval."""
+    below, above = max(0.0, figure.value - figure.low) / _Z, max(0.0, figure.high - figure.value) / _Z
+    return Normal(figure.value, figure.n, figure.method, False, below, above)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,10 +228,12 @@ def _conditions(evaluation: Evaluation) -> Iterator[tuple[str, Any]]:
     content = evaluation.content
     yield "seed", content.seed
     yield "samples", content.samples
-    yield "data", content.data.get("name")
+    yield "data", content.data.name
     yield "extractor", content.extractor
     yield "preprocessing", content.preprocessing
-    reference = dict(content.reference)
+    for key, features in content.features.items():
+        yield f"reference of {key} features", features.digest
+    reference = content.reference.model_dump()
     teacher = content.models.get(str(reference.pop("model", None)))
     yield "reference model", teacher.digest[:12] if teacher else None
     for name, value in reference.items():

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any
 
 from flowdistill import plots
-from flowdistill.report.reading import Figure, number
+from flowdistill.evaluation.results import Figure, number
 
 _SIZE = (3.75, 2.6)
 _SMALL = (1.75, 1.3)

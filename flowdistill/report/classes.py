@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flowdistill.evaluation import metrics
-from flowdistill.report.reading import Evaluation, Figure
+from flowdistill.evaluation.results import Figure
+from flowdistill.report.reading import Evaluation
 
 NAMES: Mapping[str, str] = {"correct": "accuracy", "endpoint_error": "endpoint_error"}
 """Tensor of an evaluation -> the metric that its mean is."""

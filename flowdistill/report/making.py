@@ -8,17 +8,18 @@ from typing import Any
 
 from flowdistill import artifact, plots
 from flowdistill.artifact import Manifest
+from flowdistill.evaluation.results import Figure, number
 from flowdistill.report import lineage, page, paths, times
 from flowdistill.report.charts import Charts
 from flowdistill.report.page import Html, join, tag
-from flowdistill.report.reading import Figure, Run, number
+from flowdistill.report.reading import Run
 from flowdistill.schedule import uniform
 from flowdistill.stages.boss import TENSORS
 
 _NO_TERMS = ("step", "lr", "loss_by_t", "grad_norm", "loss")
 _WINDOWS = 3
 _PLOTTED_AT_MOST = 6
-"""Numbers of evaluations whose schedules are drawn."""
+"""Content of evaluations whose schedules are drawn."""
 
 
 def trainings(run: Run, charts: Charts) -> Html | None:

@@ -9,138 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from flowdistill import artifact
 from flowdistill.errors import ArtifactError, MissingInput, UsageError
+from flowdistill.evaluation import results
+from flowdistill.evaluation.results import PICTURE, RESULT, SAMPLES, Content
 from flowdistill.pipeline import STARTED
-from flowdistill.stages.eval import PICTURE, RESULT, SAMPLES
 from flowdistill.training import LOG
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SCHEDULE = re.compile(r"schedule-nfe([0-9]+)\.json")
-_USUAL = ("uniform", "euler")
-
-
-class _Read(BaseModel):
-    """Part of an `eval.json`; what the report does not know by name is left alone."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
-
-
-class Figure(_Read):
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    method: str
-    extractor: str = ""
-
-    def __str__(self) -> str:
-        return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]"
-
-    def overlaps(self, other: Figure) -> bool:
-        """Whether the intervals have a point in common."""
-        return self.low <= other.high and other.low <= self.high
-
-
-class Latency(_Read):
-    """Milliseconds for one sample."""
-
-    p50_ms: float
-    p95_ms: float
-    runs: int
-
-
-class Throughput(_Read):
-    """Samples a second of one process, at a batch size."""
-
-    samples_per_second: float
-    batch_size: int
-
-
-class Memory(_Read):
-    """The most memory in use, and whose it is."""
-
-    peak_mb: float
-    of: str
-
-
-class Row(_Read):
-    """One way to sample one model."""
-
-    id: str
-    model: str
-    solver: str
-    schedule: str
-    nfe: int
-    forward_passes: int | None = None
-    metrics: dict[str, Figure]
-    skipped: dict[str, str] = {}
-
-    @property
-    def usual(self) -> bool:
-        """Whether it takes uniform Euler steps."""
-        return (self.schedule, self.solver) == _USUAL
-
-    @property
-    def steps(self) -> str:
-        """`uniform`, or what is unusual: `boss`, `boss, ab2`."""
-        words = [word for word in (self.schedule, self.solver) if word not in _USUAL]
-        return ", ".join(words) or "uniform"
-
-    @property
-    def evaluations(self) -> str:
-        """`1 evaluation`, `4 evaluations (boss, ab2)`."""
-        plural = "" if self.nfe == 1 else "s"
-        return f"{self.nfe} evaluation{plural}" + ("" if self.usual else f" ({self.steps})")
-
-    @property
-    def name(self) -> str:
-        """`teacher with 4 evaluations`."""
-        return f"{self.model} with {self.evaluations}"
-
-
-class Measured(_Read):
-    """Figures of a model, or of the real data, and why others are not there."""
-
-    metrics: dict[str, Figure] = {}
-    skipped: dict[str, str] = {}
-    digest: str = ""
-    parameters: int | None = None
-    macs: int | None = None
-
-
-class Solution(_Read):
-    """What endpoints are compared with."""
-
-    model: str
-    nfe: int
-
-
-class Numbers(_Read):
-    """An `eval.json`."""
-
-    format: Literal[1] = 1
-    seed: int
-    reference: Solution
-    data: Measured
-    models: dict[str, Measured]
-    rows: list[Row]
-    latency: dict[str, Latency] = {}
-    throughput: dict[str, Throughput] = {}
-    memory: dict[str, Memory] = {}
-
-    @property
-    def order(self) -> list[str]:
-        """The models that have rows, in the order of these."""
-        return [name for name in dict.fromkeys(row.model for row in self.rows) if name in self.models]
 
 
 @dataclass(frozen=True)
@@ -178,7 +59,7 @@ class Evaluation:
 
     part: Part
     content: Mapping[str, Any]
-    numbers: Numbers
+    numbers: Content
 
     @cached_property
     def samples(self) -> dict[str, Tensor]:
@@ -254,23 +135,13 @@ def read(folder: Path) -> Run:
     return Run(name, out, tuple(parts), unfinished)
 
 
-def number(value: float) -> str:
-    """Three significant digits, without an exponent for what is large."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def _is_stage(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (artifact.MANIFEST, STARTED))
 
 
 def _evaluation(part: Part) -> Evaluation:
     path = part.file(RESULT)
-    content = artifact.load_json(path)
-    try:
-        return Evaluation(part, content, Numbers.model_validate(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise artifact.corrupt(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return Evaluation(part, artifact.load_json(path), results.read(path))
 
 
 def _log(part: Part) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ from functools import partial
 from flowdistill import evaluation as evaluations
 from flowdistill import plots
 from flowdistill.evaluation.kinds import KINDS, kind
+from flowdistill.evaluation.results import Figure, Row, number
 from flowdistill.report import page
 from flowdistill.report.charts import Bar, Charts, Line, Point
 from flowdistill.report.page import Html, join, tag
-from flowdistill.report.reading import Evaluation, Figure, Row, number
+from flowdistill.report.reading import Evaluation
 from flowdistill.report.verdict import about, compared
 
 Where = Callable[[str, Row], tuple[float, float | None] | None]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flowdistill import __version__
+from flowdistill.evaluation.results import Figure, number
 from flowdistill.report import making, page
 from flowdistill.report.charts import Charts
 from flowdistill.report.page import Html, join, tag
-from flowdistill.report.reading import Evaluation, Figure, Run, number
+from flowdistill.report.reading import Evaluation, Run
 from flowdistill.report.results import Other, Results, colours
 from flowdistill.report.verdict import Verdict, judge
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flowdistill.evaluation.kinds import KINDS, Kind, kind
-from flowdistill.report.reading import Figure, Numbers, Row, number
+from flowdistill.evaluation.results import Content, Figure, Row, number
 
 _QUALITY = ("fid", "fd", "fd_", "kid", "kd", "kd_", "endpoint_error")
 """How the kinds begin that a verdict is about, the first that was measured: nearness to the data comes before
@@ -41,13 +41,13 @@ def about(metric: str) -> Kind:
     return KINDS.get(kind(metric), Kind(kind(metric).replace("_", " "), -1))
 
 
-def quality(numbers: Numbers) -> str | None:
+def quality(numbers: Content) -> str | None:
     """The metric that the verdict is about; None where none was measured."""
     measured = sorted({name for row in numbers.rows for name in row.metrics})
     return next((name for each in _QUALITY for name in measured if _is(kind(name), each)), None)
 
 
-def judge(numbers: Numbers) -> Verdict:
+def judge(numbers: Content) -> Verdict:
     """The verdict on all students or, without one, on the schedules of the one model."""
     metric = quality(numbers)
     rows = [row for row in numbers.rows if metric in row.metrics]
@@ -73,7 +73,7 @@ def judge(numbers: Numbers) -> Verdict:
     return Verdict(tuple(sentences), tuple(tiles))
 
 
-def saved(numbers: Numbers, student: Row, base: Sequence[Row], metric: str) -> Saving | None:
+def saved(numbers: Content, student: Row, base: Sequence[Row], metric: str) -> Saving | None:
     """The cheapest of the teacher's rows whose value is no worse than the student's; None where none is."""
     better = about(metric).better
     value = student.metrics[metric].value
@@ -93,7 +93,7 @@ def compared(ours: Figure, theirs: Figure, better: int) -> str:
     return "better" if better * (ours.value - theirs.value) > 0 else "worse"
 
 
-def _of_student(numbers: Numbers, student: Row, base: Sequence[Row], metric: str) -> Iterator[str]:
+def _of_student(numbers: Content, student: Row, base: Sequence[Row], metric: str) -> Iterator[str]:
     ours, known = student.metrics[metric], about(metric)
     equal = min((row for row in base if row.nfe == student.nfe), key=_cost, default=None)
     most = max(base, key=lambda row: (row.nfe, row.usual))
@@ -113,7 +113,7 @@ def _of_student(numbers: Numbers, student: Row, base: Sequence[Row], metric: str
         yield from _cheaper_rival(saving, base, metric)
 
 
-def _worth(numbers: Numbers, saving: Saving, metric: str) -> str:
+def _worth(numbers: Content, saving: Saving, metric: str) -> str:
     text = (
         f"To be no worse, {saving.teacher.model} needs {saving.teacher.evaluations} "
         f"({saving.teacher.metrics[metric]}): "

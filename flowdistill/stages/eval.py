@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from flowdistill.errors import ArtifactError, UsageError, unknown
 from flowdistill.evaluation.choices import Features, Measured
+from flowdistill.evaluation.results import FORMAT, PICTURE, RESULT, SAMPLES
 from flowdistill.objectives import DOWNLOAD
 from flowdistill.recipe import Reference, Settings
 from flowdistill.schedule import Schedule, uniform
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from flowdistill.evaluation.parts import Part
     from flowdistill.evaluation.rows import Plan, Row
     from flowdistill.teachers import Model
-
-FORMAT = 1
-RESULT, SAMPLES, PICTURE = "eval.json", "samples.safetensors", "grid.png"
 
 Evaluations = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
