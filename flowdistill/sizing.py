@@ -23,6 +23,7 @@ from flowdistill.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from flowdistill.architectures import Budget
+    from flowdistill.teachers import Model
 
 _RUNS_LEAST, _RUNS_SECONDS = 3, 0.5
 """A latency is the median of so many runs, and of as many as there is time for."""
@@ -87,6 +88,12 @@ def latency_ms(network: nn.Module, shape: tuple[int, ...], batch: int, device: s
             network(x, t, labels).cpu()  # the copy waits for the device
             runs.append(time.perf_counter() - started)
     return 1000 * statistics.median(runs[1:])  # the first warms up
+
+
+def evaluations_per_second(model: Model, batch: int) -> float:
+    """Velocities of single samples that a model evaluates in batches of this size."""
+    milliseconds = latency_ms(model.network, model.card.shape, batch, model.device) * model.passes
+    return 1000 * batch / milliseconds
 
 
 def scaled(

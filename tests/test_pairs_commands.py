@@ -87,7 +87,25 @@ def test_plan_of_what_is_done(shell: Shell) -> None:
     Path("recipe.yaml").write_text(RECIPE + "  - boss: {model: teacher}\n")
     answer = shell("plan", "recipe.yaml", "--json")
     remarks = [stage["remark"] for stage in answer.json["stages"]]
-    assert remarks == ["done", "", "not measured for this verb"]
+    assert remarks == ["done", "", ""]
+
+
+def test_plan_counts_the_evaluations_of_boss_and_eval(shell: Shell) -> None:
+    rows = "eval: {models: [teacher], nfe: [2, 3], samples: 40, straightness: 5, inversion: 4"
+    Path("more.yaml").write_text(
+        "teacher: analytic:ring\nstages:\n"
+        "  - boss: {nfe: [3], choose: boss, grid: 10, trajectories: 8, held_out: 16}\n"
+        f"  - {rows}, reference: {{solver: heun, steps: 6, samples: 20}}, latency: false}}\n"
+    )
+    boss, evaluation = (each["cost"] for each in shell("plan", "more.yaml", "--json").json["stages"])
+    # The trajectories; Heun's accurate solutions; BOSS's times and uniform ones.
+    assert boss["units"] == 8 * 10 + 16 * 63 + 16 * 2 * 3
+    # Heun's 2 steps - 1; the paths; both rows, and what of them goes back up.
+    assert evaluation["units"] == 20 * 11 + 5 * 6 + 40 * (2 + 3) + 4 * (2 + 3)
+    for cost in (boss, evaluation):
+        assert cost["unit"] == "evaluation" and cost["size_bytes"] > 0
+        assert cost["seconds"] == pytest.approx(cost["units"] / cost["per_second"])
+    assert not Path("runs/more").exists()
 
 
 def test_plan_says_when_the_disk_is_too_small(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

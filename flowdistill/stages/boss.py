@@ -33,7 +33,7 @@ from flowdistill.tuning.candidates import Candidate, Criterion, Judge, calibrate
 from flowdistill.tuning.portraits import portrait
 from flowdistill.tuning.refining import LEAST_TRAJECTORIES, Refine, Refiner, refinable
 from flowdistill.tuning.trials import REFERENCE, Meter, Noises, Trial
-from flowdistill.work import Done, Work
+from flowdistill.work import Cost, Done, Work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,6 +169,14 @@ class Boss(Stage):
         drawn = map(picture_name, self.nfe) if plots.available() else ()
         missing = {} if plots.available() else {"pictures": TO_DRAW}
         return Done((TENSORS, *map(file_name, self.nfe), *drawn), {"schedules": figures, **missing})
+
+    def plan(self, work: Work) -> Cost:
+        """As many evaluations as all noises take, at the rate of the model."""
+        from flowdistill import sizing
+
+        rate = sizing.evaluations_per_second(work.model(), self.batch_size)
+        kept = 8 * self.grid**2 * self.trajectories
+        return Cost(self.evaluations, "evaluation", rate, self.evaluations / rate, kept)
 
     @property
     def evaluations(self) -> int:

@@ -23,7 +23,7 @@ from flowdistill.recipe import Reference, Settings
 from flowdistill.schedule import Schedule, uniform
 from flowdistill.solvers import SOLVERS, OdeSolver, Solver, SolverName, nfe, recorded, steps_for
 from flowdistill.stages import Stage
-from flowdistill.work import Done, Work
+from flowdistill.work import Cost, Done, Work
 
 if TYPE_CHECKING:
     from flowdistill.evaluation.bench import Bench
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from flowdistill.evaluation.parts import Part
     from flowdistill.evaluation.rows import Plan, Row
     from flowdistill.teachers import Model
+
+_KEPT = 64
+"""Bytes of a sample in a row, roughly, in the files and in `checkpoints/`."""
 
 Evaluations = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
@@ -127,6 +130,19 @@ class Evaluate(Stage):
             content |= _costs(bench, parts)
         outputs = _write(bench, content, parts) if work.world.rank == 0 else []
         return Done(outputs, {row["id"]: _values(row["metrics"]) for row in content["rows"]})
+
+    def plan(self, work: Work) -> Cost:
+        """As many evaluations as all rows take, each at the rate of its model; features are not counted."""
+        from flowdistill import sizing
+
+        models = _by_short_name(work.models("models"))
+        plan = self._plan(work, models)
+        rates = {name: sizing.evaluations_per_second(each, self.batch_size) for name, each in models.items()}
+        seconds = plan.pairs * plan.accurate.nfe / rates[plan.accurate.name]
+        seconds += sum(plan.paths * plan.path_steps / rate for rate in rates.values())
+        seconds += sum(plan.cost(row) / rates[row.name] for row in plan.rows)
+        kept = len(plan.rows) * plan.samples * _KEPT
+        return Cost(plan.evaluations, "evaluation", plan.evaluations / seconds, seconds, kept)
 
     def _plan(self, work: Work, models: Mapping[str, Model]) -> Plan:
         from flowdistill.evaluation.rows import Plan, Row
