@@ -7,7 +7,7 @@ keeps its paths, so one store is enough for every schedule whose times are among
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 _CLOSE = 1e-9
 """Times that differ by less are the same, written or computed in another way."""
+
+
+def merged(times: Iterable[float], others: Iterable[float]) -> tuple[float, ...]:
+    """`times`, and those of the `others` that are not close to any that is there, falling."""
+    found = list(times)
+    for t in others:
+        if all(abs(t - each) > _CLOSE for each in found):
+            found.append(t)
+    return tuple(sorted(found, reverse=True))
 
 
 def bellman_schedules(folder: Path, model: str, key: str) -> dict[int, Schedule]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowdistill.chords import merged
 from flowdistill.errors import UsageError
 from flowdistill.grids import schedule
 from flowdistill.schedule import Schedule
@@ -168,7 +169,7 @@ class Maker:
         chosen = schedule(self.stage.schedule, self.stage.steps)
         if not self.spec.path:
             return chosen
-        return Schedule(tuple(sorted({*chosen.times, *self.spec.path}, reverse=True)), chosen.name)
+        return Schedule(merged((1.0, *self.spec.path, 0.0), chosen.times), chosen.name)
 
     @property
     def field(self) -> VelocityField:

@@ -21,7 +21,7 @@ from test_stages import _raise_after, make, work
 from torch import Tensor
 
 from flowdistill import artifact, randomness
-from flowdistill.chords import ChordSource, Drawn, bellman_schedules
+from flowdistill.chords import ChordSource, Drawn, bellman_schedules, merged
 from flowdistill.errors import Diverged, UsageError
 from flowdistill.pairstore import Block, PairSpec, PairStore, PairWriter
 from flowdistill.schedule import Schedule, bellman, uniform
@@ -434,3 +434,7 @@ def test_schedules_are_those_of_the_dynamic_programme_whatever_was_chosen(
         f"s.schedule: {tmp_path / 'boss.safetensors'} was made for another model; name the boss stage of the "
         "model itself"
     )
+
+
+def test_times_that_rounding_tells_apart_are_one() -> None:
+    assert merged((1.0, 0.5, 0.0), (0.5 + 1e-12, 1e-30, 0.25, 1.0)) == (1.0, 0.5, 0.25, 0.0)

@@ -94,6 +94,64 @@ def test_equal_values_have_no_width() -> None:
         assert change.paired and change.p_above(0.0) == 1.0
 
 
+def share(n: int, more: int, fewer: int) -> comparing.Change:
+    """Of n pairs `more` are so in the second alone, and `fewer` in the first alone."""
+    a, b = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    b[:more], a[more : more + fewer] = True, True
+    return comparing.paired_change(a, b, relative=False)
+
+
+def test_bounds_of_shares_solve_the_score_equation() -> None:
+    """Tango (1998), written out here and solved by a root finder."""
+    from scipy.optimize import brentq
+
+    n, more, fewer, z = 44, 1, 4, 1.959963984540054
+
+    def score(d: float) -> float:
+        b = -more - fewer + (2 * n - more + fewer) * d
+        q = (math.sqrt(b * b - 8 * n * (-fewer * d * (1 - d))) - b) / (4 * n)
+        return float((more - fewer - n * d) / math.sqrt(n * (2 * q + d * (1 - d))))
+
+    change = share(n, more, fewer)
+    assert change.value == pytest.approx(-3 / 44)
+    assert change.low(0.025) == pytest.approx(brentq(lambda d: score(d) - z, -0.9, -3 / 44), abs=1e-9)
+    assert change.high(0.025) == pytest.approx(brentq(lambda d: score(d) + z, -3 / 44, 0.9), abs=1e-9)
+    assert change.p_above(0.0) == pytest.approx(stats.norm.sf(score(1e-12)), abs=1e-6)
+    back = change.reversed()
+    assert (back.value, back.low(0.1)) == pytest.approx((-change.value, -change.high(0.1)))
+
+
+def test_no_pair_that_differs_is_no_proof() -> None:
+    z = stats.norm.isf(0.01)
+    change = share(200, 0, 0)
+    assert change.value == 0.0
+    assert change.high(0.01) == pytest.approx(z * z / (200 + z * z)) == -change.low(0.01)
+    assert change.high(0.01) > -math.log(0.01) / 200  # the exact bound of a share of which none is seen
+
+
+@pytest.mark.parametrize("n, differ", [(300, 0.01), (300, 0.02), (500, 0.02)])
+def test_shares_of_which_few_differ_raise_few_false_alarms(n: int, differ: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    alarms, passes, runs = 0, 0, 2000
+    for counts in torch.rand(runs, n, 2, generator=generator):
+        apart, sign = counts[:, 0] < differ, counts[:, 1] < 0.5
+        change = share(n, int((apart & sign).sum()), int((apart & ~sign).sum()))
+        alarms += change.low(0.01) > 0
+        worse = share(n, int(apart.sum()), 0)  # truly worse by just the margin
+        passes += worse.high(0.01) <= differ
+    assert stats.binom.sf(alarms - 1, runs, 0.013) > 1e-3
+    assert stats.binom.sf(passes - 1, runs, 0.02) > 1e-3
+
+
+def test_equal_resamples_are_counted_as_equal() -> None:
+    """One value of 300 that differs: a third of all resamples leave it out, and their mean is 0."""
+    terms = torch.zeros(300, dtype=torch.float64)
+    terms[7] = 0.3
+    change = comparing.mean_change(terms)
+    assert change.low(0.01) <= 0 < change.high(0.01)
+    assert change.p_above(0.0) > 0.1
+
+
 def test_a_relative_change_is_that_of_the_ratio() -> None:
     """10 % more of everything is 10 % exactly; else the error is that of many ratios of fresh samples."""
     a = small.errors(3000)

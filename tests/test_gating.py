@@ -60,6 +60,8 @@ MISTAKES = [
     ("", "character 1: no metric"),
     ("endpont<=+2%", "character 1: unknown metric 'endpont', did you mean 'endpoint_error'?"),
     ("memory<=+5%", "character 1: nothing is known of the noise of memory"),
+    ("recall>=-5%", "character 1: the noise of recall is not known well enough"),
+    ("fd<=1e400", "character 5: expected a number like +2%"),
     ("fd", "character 3: expected <= (less fd is better), found ''"),
     ("fd<+2%", "character 3: expected <= (less fd is better), found '<'"),
     ("fd>=-2%", "character 3: expected <= (less fd is better), found '>='"),
@@ -107,6 +109,7 @@ WRONG_FILES = [
     ("alpha: 0.7\n", "g.yaml:1:8: alpha: expected a number < 0.5, found 0.7"),
     ("on_inconclusive: fial\n", "g.yaml:1:18: on_inconclusive: unknown on_inconclusive 'fial', did you mean"),
     ("rules:\n  - fd<=1\n  - fx<=1\n", "g.yaml:3:5: rules[1]: character 1: unknown metric 'fx'"),
+    ("rules:\n  - {rule: fd<=1, primary: true, alpha: 0.1}\n", "the rule has an alpha of its own"),
     ("rules:\n  - {rule: fd<=1%}\n", "g.yaml:2:12: rules[0].rule: character 5: write +1%"),
     ("rules:\n  - {rule: fd@a-1<=1, rows: [b-1]}\n", "g.yaml:2:12: rules[0].rule: names row a-1, and"),
     (
@@ -295,6 +298,59 @@ def test_rows_that_are_gone_are_not_passed_over(tmp_path: Path) -> None:
         judge(new, base, "endpoint_error@s-5<=+1%")
     with pytest.raises(UsageError, match="two rules are the same"):
         judge(base, base, "endpoint<=+1%", "endpoint_error<=+1%")
+
+
+def test_a_row_that_is_gone_is_not_taken_for_one_of_another_model(tmp_path: Path) -> None:
+    values = small.errors(300)
+    base = small.write(
+        tmp_path / "base", {f"{name}-{k}": {"endpoint_error": values} for name in ("t", "s") for k in (1, 8)}
+    )
+    new = small.write(
+        tmp_path / "new", {name: {"endpoint_error": 0.5 * values} for name in ("t-1", "t-8", "t-2", "s-8")}
+    )
+    found = judge(new, base, "endpoint_error<=+1%")
+    assert {each.check.row: each.status for each in found.outcomes} == {
+        "t-1": "pass", "t-8": "pass", "s-8": "pass", "s-1": "missing"
+    }  # fmt: skip
+    assert found.exit_code == 3
+
+
+def test_a_cap_does_not_pass_over_what_was_skipped(tmp_path: Path) -> None:
+    folder = small.write(
+        tmp_path / "a", {"t-1": {"inversion": small.errors(300)}, "t-8": {"psnr": noise(300)}}
+    )
+    content = artifact.load_json(folder / "eval.json")
+    content["rows"][1]["skipped"]["inversion"] = "it is not finite"
+    artifact.save_json(folder / "eval.json", content)
+    found = judge(folder, None, "inversion<=10")
+    assert [each.status for each in found.outcomes] == ["pass", "missing"] and found.exit_code == 3
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"models": {"x": {"digest": "1"}}}, "row t-1 is of 't', which is not among its models"),
+    ({"rows": 2}, "two rows have the same id"),
+])  # fmt: skip
+def test_an_evaluation_that_does_not_hang_together(changed: Any, message: str, tmp_path: Path) -> None:
+    folder = small.write(tmp_path / "a", {"t-1": {"psnr": noise(300)}})
+    content = artifact.load_json(folder / "eval.json")
+    changed = {"rows": content["rows"] * changed["rows"]} if "rows" in changed else changed
+    artifact.save_json(folder / "eval.json", {**content, **changed})
+    with pytest.raises(ArtifactError, match=message):
+        Evaluation.open(folder)
+
+
+def test_what_is_let_fail_is_no_regression(tmp_path: Path) -> None:
+    values = small.errors(300)
+    shaken = values * (1 + 0.1 * noise(300).double())
+    base, new = (
+        small.write(tmp_path / n, {"t-1": {"endpoint_error": v}}) for n, v in (("a", values), ("b", shaken))
+    )
+    rule = rules.parse("endpoint_error<=+0.1%")
+    found = gating.judge(
+        gating.checks(Policy((rule,)), Evaluation.open(new), Evaluation.open(base)),
+        Policy((rule,), on_inconclusive="fail"),
+    )
+    assert (found.outcomes[0].status, found.exit_code, found.verdict) == ("inconclusive", 1, "failed")
 
 
 def test_caps_need_no_baseline(tmp_path: Path) -> None:

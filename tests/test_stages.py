@@ -642,7 +642,8 @@ def test_schedule_files_hold_the_optimal_path_and_its_measurement(tmp_path: Path
         assert content["local_cost"]["boss"] <= content["local_cost"]["uniform"] * (1 + 1e-9)
     assert artifact.load_json(tmp_path / file_name(20))["local_cost"]["boss"] == pytest.approx(0.0, abs=1e-9)
     assert artifact.load_json(tmp_path / file_name(4))["held_out"]["verdict"] == "better"
-    assert set(done.outputs) == {TENSORS, *map(file_name, (1, 4, 20)), *map(picture_name, (1, 4, 20))}
+    assert set(done.outputs) == {TENSORS, *map(file_name, (1, 4, 20))}
+    assert done.figures["pictures"] == ", ".join(map(picture_name, (1, 4, 20)))
     assert np.isfinite(cost).all()
 
 

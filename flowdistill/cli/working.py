@@ -266,6 +266,7 @@ def _evaluations_within(budget: str, model: str, device: str) -> int:
     import re
 
     from flowdistill import hardware, sizing, teachers
+    from flowdistill.stages.boss import Boss
 
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s)", budget)
     if found is None or not float(found[1]):
@@ -275,8 +276,12 @@ def _evaluations_within(budget: str, model: str, device: str) -> int:
     milliseconds = float(found[1]) * (1000 if found[2] == "s" else 1)
     if milliseconds < once:
         raise UsageError(f"--latency-budget {budget}: one evaluation of {model} takes {once:.3g} ms here")
-    tell(f"{model}: an evaluation takes {once:.3g} ms, so {int(milliseconds / once)} fit into {budget}")
-    return int(milliseconds / once)
+    fitting = int(milliseconds / once)
+    tell(f"{model}: an evaluation takes {once:.3g} ms, so {fitting} fit into {budget}")
+    grid = int(Boss.model_fields["grid"].default)
+    if fitting > grid:
+        tell(f"{grid} evaluations, the steps of the fine trajectory, are as good as exact, and are taken")
+    return min(fitting, grid)
 
 
 def evaluate(

@@ -115,7 +115,7 @@ class Resampled(Change):
 
     def p_above(self, margin: float) -> float:
         bias, acceleration = self._shape
-        share = float((self._means <= margin).double().mean())
+        share = float((self._means <= margin + self._rounding).double().mean())
         w = NORMAL.inv_cdf(min(max(share, 0.5 / _RESAMPLES), 1 - 0.5 / _RESAMPLES)) - bias
         return NORMAL.cdf(_narrowed(w / (1 + acceleration * w) - bias, self.n))
 
@@ -127,6 +127,7 @@ class Resampled(Change):
         wide = _widened(z, self.n)
         share = NORMAL.cdf(bias + (bias + wide) / max(0.1, 1 - acceleration * (bias + wide)))
         end = float(torch.quantile(self._means, min(max(share, _LEAST), 1 - _LEAST)))
+        end += math.copysign(self._rounding, z)
         if _LEAST <= share <= 1 - _LEAST:
             return end
         # Further out than the resamples reach.
@@ -136,16 +137,67 @@ class Resampled(Change):
     @cached_property
     def _means(self) -> Tensor:
         """Means of resamples, [_RESAMPLES], float64."""
-        centred = self.terms - self.value
-        return self.value + (_resampling(self.n) @ centred.float()).double() / self.n
+        return _resampling(self.n) @ self.terms / self.n
+
+    @property
+    def _rounding(self) -> float:
+        """Means that differ by less are equal: terms of few different values have many such."""
+        return 1e-9 * float(self.terms.abs().max())
 
     @cached_property
     def _shape(self) -> tuple[float, float]:
         """Bias, and acceleration, of the distribution of the mean."""
         centred = self.terms - self.value
-        below = float((self._means < self.value).double().mean())
+        apart = self._means - self.value
+        below = float((apart < -self._rounding).double().mean())
+        below = (below + float((apart <= self._rounding).double().mean())) / 2  # of what is equal one half
         bias = NORMAL.inv_cdf(min(max(below, 1 / _RESAMPLES), 1 - 1 / _RESAMPLES))
         return bias, float((centred**3).sum() / (6 * (centred**2).sum() ** 1.5))
+
+
+@dataclass(frozen=True, eq=False)
+class Shares(Change):
+    """How much more often something is so: in `more` of n pairs of the second only, in `fewer` of the first.
+
+    Bounds are those of the score test (Tango, Statistics in Medicine 17, 1998): they hold, too, where hardly
+    any pair differs, or none. In units of `scale`, a share.
+    """
+
+    more: int
+    fewer: int
+    scale: float = 1.0
+
+    def low(self, alpha: float) -> float:
+        return self._where(_z(alpha))
+
+    def high(self, alpha: float) -> float:
+        return self._where(-_z(alpha))
+
+    def p_above(self, margin: float) -> float:
+        return NORMAL.cdf(-self._score(margin * self.scale))
+
+    def reversed(self) -> Shares:
+        return replace(self, value=-self.value, more=self.fewer, fewer=self.more)
+
+    def _score(self, difference: float) -> float:
+        """Deviations that were found beyond a true difference, whose other parameter is the likeliest."""
+        n, more, fewer = self.n, self.more, self.fewer
+        b = (2 * n - more + fewer) * difference - more - fewer
+        c = -fewer * difference * (1 - difference)
+        likeliest = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        variance = n * (2 * likeliest + difference * (1 - difference))
+        excess = more - fewer - n * difference
+        if variance <= 0:
+            return math.copysign(math.inf, excess) if excess else 0.0
+        return excess / math.sqrt(variance)
+
+    def _where(self, score: float) -> float:
+        """The difference of this score, which falls with the difference."""
+        least, most = -1.0, 1.0
+        for _ in range(60):
+            middle = (least + most) / 2
+            least, most = (middle, most) if self._score(middle) > score else (least, middle)
+        return (least + most) / 2 / self.scale
 
 
 def mean_change(terms: Tensor) -> Change:
@@ -167,11 +219,19 @@ def paired_change(a: Tensor, b: Tensor, relative: bool) -> Change:
     (b - ratio a) / E[a] more than the share itself.
     """
     a, b = a.double(), b.double()
+    if _is_share(a) and _is_share(b):
+        more, fewer, unit = int((b > a).sum()), int((b < a).sum()), float(a.mean()) if relative else 1.0
+        value = (more - fewer) / len(a) / unit
+        return Shares(value, len(a), "paired, score test", True, more, fewer, unit)
     if not relative:
         return mean_change(b - a)
     scale = a.mean()
     ratio = b.mean() / scale
     return mean_change(ratio - 1 + (b - ratio * a) / scale)
+
+
+def _is_share(values: Tensor) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
 def unpaired_change(a: Change, b: Change, relative: bool) -> Normal:
@@ -261,17 +321,17 @@ def verdict(change: Change, better: int, margin: float) -> str:
 
 @lru_cache(maxsize=2)
 def _resampling(n: int) -> Tensor:
-    """How often each of n samples is drawn, [_RESAMPLES, n] float32; the same draws every time.
+    """How often each of n samples is drawn, [_RESAMPLES, n] float64; the same draws every time.
 
     A product with it makes all means at once: gates that are rehearsed need them thousands of times.
     """
     generator = randomness.generator(0, "resampling", n)
-    counts = torch.zeros(_RESAMPLES, n)
+    counts = torch.zeros(_RESAMPLES, n, dtype=torch.float64)
     rows = max(1, _DRAWN_AT_ONCE // n)
     for start in range(0, _RESAMPLES, rows):
         part = counts[start : start + rows]
         drawn = torch.randint(n, (len(part), n), generator=generator)
-        part.scatter_add_(1, drawn, torch.ones(1, 1).expand_as(drawn))
+        part.scatter_add_(1, drawn, counts.new_ones(1, 1).expand_as(drawn))
     return counts
 
 

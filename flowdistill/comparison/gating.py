@@ -114,7 +114,7 @@ class Outcome:
         """Value and bounds with the signs of the rule."""
         sign = self.check.rule.sign
         low, high = sorted((sign * self.low, sign * self.high))
-        return sign * change.value, low, high
+        return sign * change.value + 0.0, low + 0.0, high + 0.0  # no -0.00
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,9 @@ class Judgement:
 
     @property
     def verdict(self) -> str:
-        """`passed`, `regression` or `inconclusive`."""
+        """`passed`, `regression` or `inconclusive`; `failed` where what is inconclusive is not let pass."""
+        if self.exit_code == REGRESSION and all(each.status != "regression" for each in self.outcomes):
+            return "failed"
         return {PASSED: "passed", REGRESSION: "regression", INCONCLUSIVE: "inconclusive"}[self.exit_code]
 
     @property
@@ -292,7 +294,7 @@ def _alone(rule: Rule, evaluation: Evaluation) -> Iterator[Check]:
         value = subject.alone(rule.kind)
         if value is not None and (not rule.rows or subject.id in rule.rows):
             yield Check(rule, subject.id, value if rule.sign > 0 else value.reversed())
-        elif subject.id in rule.rows:
+        elif subject.id in rule.rows or (not rule.rows and rule.kind in subject.measured.skipped):
             reason = subject.measured.skipped.get(rule.kind, "it was not measured")
             yield Check(rule, subject.id, None, f"the evaluation has none: {reason}")
 

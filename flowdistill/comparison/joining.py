@@ -94,6 +94,12 @@ class Subject:
                 found[kind(name)] = figure
         return found
 
+    @property
+    def digest(self) -> str:
+        """Of the model."""
+        model = self.measured.model if isinstance(self.measured, Row) else self.id
+        return self.evaluation.content.models[model].digest
+
     def has(self, name: str) -> bool:
         """Whether there is a figure of this kind."""
         return self.alone(name) is not None
@@ -172,6 +178,11 @@ class Pair:
         """`student-4`, or `old-4 → new-4`."""
         return self.a.id if self.a.id == self.b.id else f"{self.a.id} → {self.b.id}"
 
+    @property
+    def _same_model(self) -> bool:
+        digests = {subject.digest for subject in (self.a, self.b)}
+        return len(digests) == 1 and digests != {""}
+
     def values(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Values [n] of a and b, noise by noise; None where they are not known for both."""
         a, b = self.a.values(name), self.b.values(name)
@@ -179,15 +190,22 @@ class Pair:
 
     def incomparable(self, name: str) -> str:
         """Why figures of this kind may not be subtracted; empty where they may."""
-        if name.startswith(_BIASED):
-            n = [subject.figures[name].n for subject in (self.a, self.b)]
-            if n[0] != n[1]:
-                return f"it is of {n[0]} and {n[1]} samples, and depends on their number"
+        if not name.startswith(_BIASED):
+            return ""
+        n = [
+            (subject.figures[name].n, subject.evaluation.content.samples if name.startswith("recall") else 0)
+            for subject in (self.a, self.b)
+        ]
+        if n[0] != n[1]:
+            first, second = (max(each) for each in n)
+            return f"it is of {first} and {second} samples, and depends on their number"
         return ""
 
     def change(self, name: str, relative: bool, paired: bool) -> Change | None:
         """b less a, sample by sample if that is wanted and known; None where either has no such figure."""
         values = self.values(name) if paired else None
+        if values is not None and self._same_model and torch.equal(*values):
+            return Normal(0.0, len(values[0]), "the same model", True, 0.0, 0.0)
         if values is not None:
             return comparing.paired_change(*values, relative)
         if paired and name in self.a.figures and self.a.figures[name] == self.b.figures.get(name):
@@ -291,7 +309,11 @@ def _chosen(a: Evaluation, b: Evaluation, chosen: Sequence[str]) -> dict[str, st
 
 def _matching(a: Evaluation, b: Evaluation) -> dict[str, str]:
     pairs = {name: name for name in a.rows if name in b.rows}
-    rest = [[row for name, row in each.rows.items() if name not in pairs] for each in (a, b)]
+    models = [{row.model for row in each.rows.values()} for each in (a, b)]
+    rest = [
+        [row for name, row in each.rows.items() if name not in pairs and row.model not in others]
+        for each, others in ((a, models[1]), (b, models[0]))
+    ]
     if all(len({row.model for row in rows}) == 1 for rows in rest):
         same = {(row.nfe, row.solver, row.schedule): row.id for row in rest[1]}
         alike = {row.id: same.get((row.nfe, row.solver, row.schedule)) for row in rest[0]}

@@ -8,13 +8,14 @@ KIND[@ROW] >= -1%      no more than 1 % below it, for metrics of which more is b
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flowdistill import artifact
 from flowdistill.errors import Problem, RecipeError, UsageError, quoted, unknown
@@ -27,7 +28,8 @@ Form = Literal["relative", "difference", "value"]
 DEFAULT = "endpoint_error<=+1%"
 """What a gate without rules asks of every row."""
 _SHORT = {"endpoint": "endpoint_error"}
-_JUDGED = [kind for kind in KINDS if kind not in ("throughput", "memory")]
+_NO_NOISE = ("throughput", "memory")
+_JUDGED = [kind for kind in KINDS if kind not in _NO_NOISE and not kind.startswith("recall")]
 _NUMBER = re.compile(r"([+-]?)([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+(?:e[+-]?[0-9]+)?)\s*(%?)\s*", re.I)
 
 
@@ -73,8 +75,10 @@ def parse(text: str) -> Rule:
     kind = _SHORT.get(found[1], found[1])
     if kind not in KINDS:
         _refuse(found.start(1), unknown("metric", found[1], _JUDGED) if found[1] else "no metric")
-    if kind not in _JUDGED:
+    if kind in _NO_NOISE:
         _refuse(found.start(1), f"nothing is known of the noise of {kind}; latency can be judged")
+    if kind not in _JUDGED:  # whether real samples are covered depends on all samples at once
+        _refuse(found.start(1), f"the noise of {kind} is not known well enough; precision can be judged")
     if found[2] is not None and (not found[2] or found[2].isdecimal()):
         hint = "; the number of samples is no part of a rule" if found[2] else ""
         _refuse(found.start(2), f"expected the id of a row, found {quoted(found[2])}{hint}")
@@ -92,6 +96,8 @@ def parse(text: str) -> Rule:
     if percent and not sign:
         _refuse(position, f"write +{digits}% for a change, or {float(digits) / 100:g} for a value")
     value = float(digits) * (-1 if sign == "-" else 1) / (100 if percent else 1)
+    if not math.isfinite(value):
+        _refuse(position, f"expected a number like +2%, +0.01 or 0.15, found {quoted(text[position:])}")
     form: Form = "relative" if percent else "difference" if sign else "value"
     at = f"@{found[2]}" if found[2] else ""
     rows = (found[2],) if found[2] else ()
@@ -109,6 +115,12 @@ class RuleSettings(Settings):
     rows: list[str] | None = Field(None, min_length=1, description="ids of rows; if left out, all")
     alpha: float | None = Field(None, gt=0, lt=0.5, description="of this rule alone, beside the gate's")
     primary: bool = Field(False, description="whether it takes half of the gate's alpha for itself")
+
+    @model_validator(mode="after")
+    def _one_share(self) -> RuleSettings:
+        if self.primary and self.alpha is not None:
+            raise ValueError("primary: the rule has an alpha of its own; leave one of them out")
+        return self
 
 
 OnInconclusive = Literal["fail", "exit-3", "warn"]

@@ -272,7 +272,8 @@ def _bca(values: Tensor, seed: int) -> tuple[float, float]:
     means = _resampled_means(values, seed)
     centred = values - values.mean()
     acceleration = float((centred**3).sum() / (6 * (centred**2).sum() ** 1.5))
-    below = float((means < values.mean()).double().mean())
+    # Of what is equal one half: of few values many means are.
+    below = float((means < values.mean()).double().mean() + (means <= values.mean()).double().mean()) / 2
     # A share of 0 or 1 would be infinitely far out.
     bias = _ndtri(min(max(below, 1 / _RESAMPLES), 1 - 1 / _RESAMPLES))
     ends = []

@@ -162,10 +162,16 @@ def read(path: Path) -> Content:
     if found.get("format", FORMAT) != FORMAT:
         raise ArtifactError(f"{path}: evaluation of format {found['format']}, expected {FORMAT}")
     try:
-        return Content.model_validate(found)
+        content = Content.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         raise artifact.corrupt(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    for row in content.rows:
+        if row.model not in content.models:
+            raise artifact.corrupt(path, f"row {row.id} is of '{row.model}', which is not among its models")
+    if len({row.id for row in content.rows}) < len(content.rows):
+        raise artifact.corrupt(path, "two rows have the same id")
+    return content
 
 
 def number(value: float) -> str:

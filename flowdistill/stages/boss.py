@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from flowdistill.errors import MissingInput, UsageError
 from flowdistill.multistep import ab2_cost, ab2_paths
 from flowdistill.recipe import Reference
-from flowdistill.schedule import Bellman, Schedule, bellman, uniform
+from flowdistill.schedule import Bellman, Schedule, bellman, local_cost, uniform
 from flowdistill.solvers import SOLVERS, nfe
 from flowdistill.stages import Stage
 from flowdistill.tuning import calibrating
@@ -88,8 +88,8 @@ class Boss(Stage):
     )
     cost: calibrating.Cost = Field(
         "l2",
-        description="of a jump: the mean of squared errors, as in the paper, or of errors (rms); or of "
-        "squared errors as the perceptual distance for the data sees them",
+        description="of an Euler jump: the mean of squared errors, as in the paper, or of errors (rms); or "
+        "of squared errors as the perceptual distance for the data sees them",
     )
     trajectories: int = Field(64, gt=0, description="noises that the cost is averaged over")
     until_regret: float | None = Field(
@@ -125,8 +125,9 @@ class Boss(Stage):
             raise ValueError(
                 f"nfe {max(self.nfe)} is more than the {self.grid} steps of the grid; raise `grid`"
             )
-        if self.refine != "none" and self.choose == "boss":
-            raise ValueError(f"refine: {self.refine} with choose: boss would not be written; leave one out")
+        if self.choose == "boss" and (self.refine != "none" or self.criterion != "endpoint"):
+            what = f"refine: {self.refine}" if self.refine != "none" else f"criterion: {self.criterion}"
+            raise ValueError(f"{what} with choose: boss, where nothing is chosen; leave one of them out")
         if self.refine == "coefficients" and self.choose == "euler":
             raise ValueError("refine: coefficients are not Euler's; use knots with choose: euler")
         if self.refine == "coefficients" and self.refine_trajectories < LEAST_TRAJECTORIES:
@@ -166,9 +167,9 @@ class Boss(Stage):
             if plots.available():
                 artifact.atomic_write(work.folder / picture_name(k), ways.picture(k, written))
         _save_arrays(work, ways, model)
-        drawn = map(picture_name, self.nfe) if plots.available() else ()
-        missing = {} if plots.available() else {"pictures": TO_DRAW}
-        return Done((TENSORS, *map(file_name, self.nfe), *drawn), {"schedules": figures, **missing})
+        # No outputs: their bytes depend on matplotlib, and all that is made of the schedules on the outputs.
+        drawn = ", ".join(map(picture_name, self.nfe)) if plots.available() else TO_DRAW
+        return Done((TENSORS, *map(file_name, self.nfe)), {"schedules": figures, "pictures": drawn})
 
     def plan(self, work: Work) -> Cost:
         """As many evaluations as all noises take, at the rate of the model."""
@@ -200,7 +201,7 @@ class Boss(Stage):
         """What the Fréchet distance is taken in, where either half of the held-out noises has enough."""
         from flowdistill.evaluation import extractors
 
-        found = extractors.extractor(model.card, model.device)
+        found = extractors.extractor(model.card, model.device) if self.choose != "boss" else None
         if found is None:
             if self.criterion == "fd":
                 raise MissingInput(
@@ -264,6 +265,7 @@ class Boss(Stage):
 
         model, work = noises.model, noises.meter.work
         return {
+            "format": calibrating.FORMAT,
             "model": model.digest,
             "guidance": _guidance(model),
             "seed": work.seed,
@@ -311,10 +313,10 @@ class Ways:
 
     @classmethod
     def of(cls, calibration: Calibration, most: int) -> Ways:
-        """With paths for Adams-Bashforth up to `most` evaluations."""
-        cost, fine = calibration.mean_cost, calibration.frame.fine
-        after_ab2 = ab2_paths(cost, ab2_cost(calibration.gram, fine.times), most) if most else {}
-        return cls(calibration, bellman(cost), after_ab2)
+        """With paths for Adams-Bashforth up to `most` evaluations, whose jumps cost their squared errors."""
+        times, gram = calibration.frame.fine.times, calibration.gram
+        after_ab2 = ab2_paths(local_cost(gram, times), ab2_cost(gram, times), most) if most else {}
+        return cls(calibration, bellman(calibration.mean_cost), after_ab2)
 
     @property
     def fine(self) -> Schedule:

@@ -40,7 +40,7 @@ Evaluations = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
 
 class Accurate(Settings):
-    """The solution that endpoints are compared with: the teacher's, or else the first model's."""
+    """The solution that endpoints are compared with: of the models the teacher's, or else the first one's."""
 
     solver: OdeSolver = "heun"
     steps: int = Field(32, ge=1, description="uniform steps; heun makes 2 steps - 1 evaluations")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flowdistill.chords import bellman_schedules
+from flowdistill.chords import bellman_schedules, merged
 from flowdistill.errors import Diverged, FlowdistillError, UsageError
 from flowdistill.grids import Grid, schedule
 from flowdistill.guidance import Guidance
@@ -256,7 +256,7 @@ class Pairs(Stage):
         if folder is not None:
             for each in bellman_schedules(Path(folder), model.digest, f"{work.stage}.path.schedule").values():
                 found.update(each.times)
-        return tuple(sorted(found - {0.0, 1.0}, reverse=True))
+        return merged((1.0, 0.0), sorted(found, reverse=True))[1:-1]
 
     def judge(self, maker: Maker) -> Figures:
         """The solver's error on the first pairs, measured once; UsageError where it is above `tolerance`."""

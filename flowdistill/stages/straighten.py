@@ -75,6 +75,12 @@ class Straighten(OnPairs):
     def losses(self) -> Mapping[str, Loss]:
         return {"loss": self.loss} | ({"last": self.last} if self.last else {})
 
+    def preflight(self, inputs: Mapping[str, Any]) -> None:
+        super().preflight(inputs)
+        init = inputs["init"] if isinstance(inputs["init"], str) else inputs["init"]["name"]
+        if init.startswith("analytic:"):
+            raise UsageError(f"init: '{init}' has no weights that could be trained; straighten a network")
+
     def new_student(self, work: Work) -> Model:
         import torch
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Reference = Literal["heun", "euler"]
 Cost = Literal["l2", "rms", "perceptual"]
 PARTS = "checkpoints"
+FORMAT = 1
+"""Of what is kept there; another one where it would come out otherwise."""
 _RESAMPLED = 20
 """So often are trajectories drawn anew, to tell whether there are enough of them."""
 _COLUMNS = 4096
