@@ -705,3 +705,8 @@ def test_a_stage_that_was_set_aside_is_left_out(run: Path) -> None:
     evaluation(run / "eval", content("newer"))
     text = made(run).text
     assert "newer" in text and "reflow with 1 evaluation" not in text
+
+
+def test_nothing_that_is_not_there_is_spelled_out(pages: dict[str, Page]) -> None:
+    for each in pages.values():
+        assert not re.search(r"None|\bnan\b", each.text)

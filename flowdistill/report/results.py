@@ -97,9 +97,9 @@ class Results:
         lines = self._lines(name, place)
         how = "Lower is better" if known.better < 0 else "Higher is better"
         extractor = next(
-            (row.metrics[name].extractor for row in self.numbers.rows if name in row.metrics), ""
+            (row.metrics[name].extractor for row in self.numbers.rows if name in row.metrics), None
         )
-        caption = f"{how}. n = {name.partition('@')[2]}{', ' if extractor else ''}{extractor}."
+        caption = f"{how}. n = {name.partition('@')[2]}{f', {extractor}' if extractor else ''}."
         title = _title(name) + (f" ({known.unit})" if known.unit else "")
         drawn = self.charts.quality(lines, x, known.better, floor)
         return page.figure(title, page.plot(drawn, f"{title} against {x}"), caption)
