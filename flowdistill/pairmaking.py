@@ -143,25 +143,14 @@ class Maker:
 
     def evaluations(self) -> Figures:
         """NFE of a pair, and forward passes where guidance makes them more."""
-        import torch
-
         if self.stage.solver == "rk45":
             return {}
-        calls = nfe(SOLVERS[self.stage.solver], self.grid, inverse=self.data is not None)
-        guidance = self.model.card.guidance
-        if guidance is None or not guidance.needs_null or not self.spec.classes:
+        solver, inverse = SOLVERS[self.stage.solver], self.data is not None
+        calls = nfe(solver, self.grid, inverse=inverse)
+        if self.model.passes == 1 or not self.spec.classes:
             return {"nfe": calls}
-        asked: list[float] = []
-
-        def count(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-            asked.append(1 + int(guidance.applies(t).any()))
-            return x
-
-        x = torch.zeros(1, 1)
-        inverse = self.data is not None
-        field = beginning_at(self.stage.invert_from, count) if inverse else count
-        integrate(field, x, self.grid, SOLVERS[self.stage.solver], inverse=inverse)
-        return {"nfe": calls, "forward_passes": sum(asked)}
+        start = self.stage.invert_from if inverse else 0.0
+        return {"nfe": calls, "forward_passes": self.model.forward_passes(solver, self.grid, inverse, start)}
 
     @property
     def grid(self) -> Schedule:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from flowdistill.errors import FlowdistillError, Interrupted, ResourceError, UsageError
 
@@ -49,6 +50,15 @@ class World:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+    def largest(self, number: int, device: Any) -> int:
+        """The largest of the numbers that the processes have; all have to ask together."""
+        if self.size == 1:
+            return number
+        import torch
+        from accelerate.utils import gather
+
+        return int(gather(torch.tensor([number], device=device)).max())
 
 
 def launched() -> int:

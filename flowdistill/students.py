@@ -37,15 +37,20 @@ def card(like: Card, work: Work, **changes: Any) -> Card:
     return like.model_copy(update={**own, **changes})
 
 
+def refuse_formula(name: str, key: str) -> None:
+    """Raise `UsageError` where a student could not begin as this model; `key` is its place in the recipe."""
+    if name.startswith("analytic:"):
+        raise UsageError(
+            f"{key}: '{name}' has no weights that a student could begin with; take a model that was trained"
+        )
+
+
 def continued(start: Model, work: Work, key: str, **changes: Any) -> Model:
     """A student that begins as another model; UsageError where that is a formula."""
     from flowdistill import teachers
 
     if start.card.architecture == "analytic":
-        raise UsageError(
-            f"{key}: '{start.card.arguments['name']}' has no weights that a student could begin with; take a "
-            "model that was trained"
-        )
+        refuse_formula(start.card.arguments["name"], key)
     student = teachers.new(card(start.card, work, **changes))
     student.weights.load_state_dict(start.weights.state_dict())
     return student

@@ -526,5 +526,5 @@ def test_a_flow_without_weights_is_refused(shell: Shell) -> None:
     Path("g.yaml").write_text(text)
     answer = shell("straighten", "g.yaml", "-q")
     assert (answer.code, answer.out) == (2, "") and len(answer.err.splitlines()) == 1
-    assert "init: 'analytic:gaussian' has no weights that could be trained" in answer.err
+    assert "straighten.init: 'analytic:gaussian' has no weights that a student could begin with" in answer.err
     assert not Path("runs/g").exists()  # it costs nothing

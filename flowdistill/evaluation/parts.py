@@ -83,7 +83,7 @@ class Parts:
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process; all have to ask together."""
-        return bool(self._largest(int(here)))
+        return bool(self.work.world.largest(int(here), self.work.device))
 
     def advance(self, evaluations: int) -> None:
         """Report that so many evaluations are done."""
@@ -94,15 +94,8 @@ class Parts:
         """End where a signal or the time says so, all processes together: what one hears is for all."""
         stop = self.work.stop
         if self.work.world.size > 1:
-            stop.signum = self._largest(stop.signum)
+            stop.signum = self.work.world.largest(stop.signum, self.work.device)
         stop.check()
-
-    def _largest(self, number: int) -> int:
-        if self.work.world.size == 1:
-            return number
-        from accelerate.utils import gather
-
-        return int(gather(torch.tensor([number], device=self.work.device)).max())
 
     def _exchanged(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows of all processes in the first, those of its own in the others."""

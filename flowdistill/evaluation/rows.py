@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-
 from flowdistill.evaluation.instruments import Wanted
 from flowdistill.schedule import Schedule
-from flowdistill.solvers import OdeSolver, Solver, integrate, nfe
+from flowdistill.solvers import OdeSolver, Solver, nfe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flowdistill.teachers import Model
 
 
@@ -34,17 +30,7 @@ class Row:
     @property
     def forward_passes(self) -> int:
         """Calls of the network for one sample: with guidance two an evaluation, where it applies."""
-        guidance = self.model.card.guidance
-        if guidance is None or self.model.passes == 1 or not self.model.card.classes:
-            return self.nfe
-        asked: list[int] = []
-
-        def count(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-            asked.append(1 + int(guidance.applies(t).any()))
-            return x
-
-        integrate(count, torch.zeros(1, 1), self.schedule, self.solver)
-        return sum(asked)
+        return self.model.forward_passes(self.solver, self.schedule)
 
     @property
     def way_up(self) -> int:

@@ -236,15 +236,11 @@ class Boss(Stage):
                 parts.write(indices, grams)
             found.append(grams)
             meter.add(len(noise) * self.grid)
-            calibration = Calibration(frame, self.cost, np.concatenate(found))
-            if self._settled(calibration):
-                break
-        return calibration
-
-    def _settled(self, calibration: Calibration) -> bool:
-        if self.until_regret is None or len(calibration.grams) < 2:
-            return False
-        return max(calibration.regret(self.nfe, 0).values()) <= self.until_regret
+            if self.until_regret is not None:
+                so_far = Calibration(frame, self.cost, np.concatenate(found))
+                if len(so_far.grams) > 1 and max(so_far.regret(self.nfe, 0).values()) <= self.until_regret:
+                    break
+        return Calibration(frame, self.cost, np.concatenate(found))
 
     def _perceptual(self, model: Model) -> Perceptual | None:
         if self.cost != "perceptual":

@@ -76,10 +76,11 @@ class Straighten(OnPairs):
         return {"loss": self.loss} | ({"last": self.last} if self.last else {})
 
     def preflight(self, inputs: Mapping[str, Any]) -> None:
+        from flowdistill import students
+
         super().preflight(inputs)
         init = inputs["init"] if isinstance(inputs["init"], str) else inputs["init"]["name"]
-        if init.startswith("analytic:"):
-            raise UsageError(f"init: '{init}' has no weights that could be trained; straighten a network")
+        students.refuse_formula(init, f"{self.name}.init")
 
     def new_student(self, work: Work) -> Model:
         import torch

@@ -91,6 +91,29 @@ class Model:
         """Times that the network is called for one evaluation of the field."""
         return 2 if self.card.guidance is not None and self.card.guidance.needs_null else 1
 
+    def forward_passes(
+        self, solver: Solver, schedule: Schedule, inverse: bool = False, start: float = 0.0
+    ) -> int:
+        """Calls of the network for one sample: with guidance two an evaluation, where it applies.
+
+        Times of the schedule's 0 to 1 stand for `start` to 1.
+        """
+        import torch
+
+        from flowdistill.solvers import integrate, nfe
+
+        guidance = self.card.guidance
+        if guidance is None or self.passes == 1 or not self.card.classes:
+            return nfe(solver, schedule, inverse)
+        asked: list[int] = []
+
+        def count(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            asked.append(1 + int(guidance.applies(start + (1 - start) * t).any()))
+            return x
+
+        integrate(count, torch.zeros(1, 1), schedule, solver, inverse=inverse)
+        return sum(asked)
+
     @property
     def weights(self) -> nn.Module:
         """The network under its maker's names, without what makes it canonical."""

@@ -302,8 +302,7 @@ class _Trainer:
         """A signal to one process is one to all: they have to stop behind the same step."""
         stop = self.work.stop
         if self.accelerator.num_processes > 1:
-            signums = self.accelerator.gather(torch.tensor([stop.signum], device=self.accelerator.device))
-            stop.signum = int(signums.max())
+            stop.signum = self.work.world.largest(stop.signum, self.accelerator.device)
 
     def _finish(self, seconds: float, steps: int) -> Done:
         stage, state, figures = self.stage, self.state, self.log.figures()
